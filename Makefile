@@ -1,0 +1,34 @@
+# Everything runs in .venv, which is made on the first call and reused afterwards.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test check bench clean
+
+demo: .venv/.installed
+	$(BIN)/hesscope demo
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks
+
+# torch comes first, so that no other package can pull in a different build of it.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(PIP) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,60 @@
+"""hesscope: measures, predicts and explains the structure of neural-network Hessians.
+
+Names are loaded on first use, so that `import hesscope` and `hesscope --help` do not wait for PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hesscope._version import __version__
+
+if TYPE_CHECKING:
+    from hesscope.core.errors import HesscopeError
+    from hesscope.core.vectors import ParameterSpace
+    from hesscope.estimate.block_energies import block_energies
+    from hesscope.estimate.energies import BlockEnergies
+    from hesscope.objective import Objective
+    from hesscope.operators import GaussNewton, Hessian, as_operator
+    from hesscope.partition import Partition
+
+# Where each public name lives; submodules that are themselves public names map to None.
+_HOME: dict[str, str | None] = {
+    "HesscopeError": "hesscope.core.errors",
+    "ParameterSpace": "hesscope.core.vectors",
+    "Objective": "hesscope.objective",
+    "Partition": "hesscope.partition",
+    "Hessian": "hesscope.operators",
+    "GaussNewton": "hesscope.operators",
+    "as_operator": "hesscope.operators",
+    "block_energies": "hesscope.estimate.block_energies",
+    "BlockEnergies": "hesscope.estimate.energies",
+    "data": None,
+    "models": None,
+    "theory": None,
+}
+
+__all__ = [
+    "BlockEnergies",
+    "GaussNewton",
+    "HesscopeError",
+    "Hessian",
+    "Objective",
+    "ParameterSpace",
+    "Partition",
+    "__version__",
+    "as_operator",
+    "block_energies",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hesscope' has no attribute {name!r}")
+    home = _HOME[name]
+    value = import_module(f"hesscope.{name}") if home is None else getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_HOME})

@@ -1,0 +1,1 @@
+"""Foundations without any mathematics: vectors, randomness, records, checks, errors."""

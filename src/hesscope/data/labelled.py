@@ -1,0 +1,52 @@
+"""LabelledData: inputs with class labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hesscope.core.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledData:
+    """N inputs with class labels in [0, classes).
+
+    Attributes:
+        name: what it is.
+        inputs: [N, d]; labels: [N] int64.
+        classes: C.
+    """
+
+    name: str
+    inputs: Tensor
+    labels: Tensor
+    classes: int
+
+    def __post_init__(self) -> None:
+        if self.inputs.shape[0] != self.labels.shape[0]:
+            raise DataError(f"{self.name}: {self.inputs.shape[0]} inputs but {self.labels.shape[0]} labels")
+        if self.labels.numel() and (int(self.labels.min()) < 0 or int(self.labels.max()) >= self.classes):
+            raise DataError(f"{self.name}: labels must lie in [0, {self.classes})")
+
+    def __len__(self) -> int:
+        return int(self.inputs.shape[0])
+
+    @property
+    def one_hot(self) -> Tensor:
+        """[N, C] targets for squared error, of the inputs' dtype."""
+        return functional.one_hot(self.labels, self.classes).to(self.inputs.dtype)
+
+    def batch(self, loss: str) -> tuple[Tensor, Tensor]:
+        """(inputs, targets) as the loss "cross_entropy" or "mse" wants them."""
+        return self.inputs, self.one_hot if loss == "mse" else self.labels
+
+    def split(self, first: int, generator: torch.Generator) -> tuple[LabelledData, LabelledData]:
+        """Two disjoint random parts, the first with `first` samples."""
+        order = torch.randperm(len(self), generator=generator)
+        parts = order[:first], order[first:]
+        a, b = (LabelledData(self.name, self.inputs[part], self.labels[part], self.classes) for part in parts)
+        return a, b

@@ -1,0 +1,1 @@
+"""Randomized linear algebra with error bars, and its dense twins."""

@@ -1,0 +1,286 @@
+"""Objective: the function of the parameters that is studied."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscope.core.errors import DataError, HesscopeError, InputError, ModelError
+from hesscope.core.vectors import ParameterSpace
+from hesscope.objective.batches import as_batches, fingerprint, split_batch, to_device
+from hesscope.objective.isolation import call_with, isolated
+from hesscope.objective.losses import BatchLoss, OutputLoss, SumAndTerms, as_loss
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What one look at all the data found.
+
+    terms: number (or, with class weights, total weight) of the loss terms; unused: parameters no batch depends on;
+    graph_bytes: memory that autograd keeps for the largest batch; output_entries: outputs of the largest batch.
+    """
+
+    terms: float
+    batches: int
+    unused: tuple[str, ...]
+    data_fingerprint: str
+    graph_bytes: int
+    output_entries: int
+
+
+class Objective:
+    """L(theta) = (sum of all loss terms) / (number of all loss terms), at the model's current parameters.
+
+    The model is measured in eval mode and left exactly as it was. Everything is checked here, before any work: the
+    data is read once (twice if it is a loader, to see that it repeats itself), with one gradient per batch.
+
+    Args:
+        model: any nn.Module; its parameters with requires_grad=True are the variables, tied ones counting once.
+        loss: "cross_entropy", "mse", a torch loss module, or callable(model, batch) -> (sum of terms, number of terms).
+        data: one batch (x, y), a list of batches or a DataLoader; a batch may be a dict (inputs by name, targets under
+            "labels"). Tensors are moved to the parameters' device.
+
+    Raises:
+        InputError, DataError, ModelError: see the messages; each names the argument or the batch.
+    """
+
+    def __init__(self, model: nn.Module, loss: str | nn.Module | Callable[..., Any], data: Any) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.model = model
+        self.loss = as_loss(loss)
+        self.parameters = ParameterSpace.of(model)
+        self._data = as_batches(data)
+        self._inspection = self._inspect()
+
+    @property
+    def num_terms(self) -> float:
+        """Number of loss terms: samples, or non-ignored tokens; with class weights the total weight (as in torch)."""
+        terms = self._inspection.terms
+        return int(terms) if terms == int(terms) else terms
+
+    @property
+    def num_batches(self) -> int:
+        """Number of batches the data came in."""
+        return self._inspection.batches
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the parameters that the loss does not depend on: their rows of the Hessian are exactly zero."""
+        return self._inspection.unused
+
+    @property
+    def data_fingerprint(self) -> str:
+        """Hash of all batches."""
+        return self._inspection.data_fingerprint
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that autograd keeps for one forward pass of the largest batch."""
+        return self._inspection.graph_bytes
+
+    @property
+    def output_entries(self) -> int:
+        """Number of the model's outputs on the largest batch (0 for a loss callable)."""
+        return self._inspection.output_entries
+
+    def __repr__(self) -> str:
+        unused = f", unused: {', '.join(self.unused)}" if self.unused else ""
+        return (
+            f"Objective({type(self.model).__name__}, {self.loss.name}, {self.parameters.size} parameters, "
+            f"{self.num_terms} terms in {self.num_batches} batches{unused})"
+        )
+
+    def value(self) -> float:
+        """L at the model's current parameters."""
+        total = 0.0
+        with self.evaluating() as (theta, batches), torch.no_grad():
+            for index, batch in batches:
+                total += float(self.evaluate(theta, batch, index).sum)
+        return total / self.num_terms
+
+    def gradient(self) -> Tensor:
+        """Gradient of L, shape [P]."""
+        with self.evaluating() as (theta, batches):
+            total = torch.zeros_like(theta)
+            for index, batch in batches:
+                loss_sum = self.evaluate(theta, batch, index).sum
+                if loss_sum.requires_grad:
+                    total += torch.autograd.grad(loss_sum, theta)[0]
+        return total / self.num_terms
+
+    @contextmanager
+    def evaluating(self) -> Iterator[tuple[Tensor, Iterator[tuple[int, Any]]]]:
+        """Context in which the model is isolated: the flat parameter vector [P] (a leaf) and the numbered batches."""
+        with isolated(self.model):
+            theta = self._current_parameters().requires_grad_()
+            yield theta, ((index, to_device(batch, theta.device)) for index, batch in enumerate(self._data))
+
+    def evaluate(self, theta: Tensor, batch: Any, index: int) -> SumAndTerms:
+        """Loss sum and number of terms of one batch at the flat parameters theta [P]."""
+        return self._evaluate(self.parameters.unflatten(theta), batch, index)[0]
+
+    def outputs_and_targets(self, theta: Tensor, batch: Any, index: int) -> tuple[Tensor, Tensor]:
+        """Outputs on one batch at the flat parameters theta [P], as the loss takes them, and the targets."""
+        return self._outputs_and_targets(self.parameters.unflatten(theta), batch, index)
+
+    def _current_parameters(self) -> Tensor:
+        own = dict(self.model.named_parameters())
+        return self.parameters.flatten({name: own[name].detach() for name in self.parameters.names})
+
+    def _evaluate(self, parameters: Mapping[str, Tensor], batch: Any, index: int) -> tuple[SumAndTerms, Tensor | None]:
+        if isinstance(self.loss, BatchLoss):
+            evaluate = self.loss.evaluate
+            return call_with(self.model, parameters, lambda model: evaluate(model, batch)), None
+        outputs, targets = self._outputs_and_targets(parameters, batch, index)
+        try:
+            return self.loss.evaluate(outputs, targets), outputs
+        except DataError as error:
+            raise DataError(f"batch {index}: {error}") from error
+
+    def _outputs_and_targets(self, parameters: Mapping[str, Tensor], batch: Any, index: int) -> tuple[Tensor, Tensor]:
+        split = split_batch(batch, index)
+        assert split.targets is not None
+        result = call_with(self.model, parameters, lambda model: model(*split.arguments, **split.keywords))
+        outputs = _logits(result)
+        if outputs.ndim == 3 and _predicts_next_token(self.model) and isinstance(batch, Mapping):
+            return outputs[:, :-1].transpose(1, 2), split.targets[:, 1:]
+        return outputs, split.targets
+
+    def _inspect(self) -> Inspection:
+        prints: list[str] = []
+        used: set[str] = set()
+        terms, graph_bytes, output_entries = 0.0, 0, 0
+        with isolated(self.model):
+            leaves = {
+                name: p.detach().requires_grad_()
+                for name, p in self.model.named_parameters()
+                if name in self.parameters.names
+            }
+            for index, raw in enumerate(self._data):
+                batch = to_device(raw, self.parameters.device)
+                prints.append(fingerprint(raw))
+                saved = _SavedBytes()
+                with torch.autograd.graph.saved_tensors_hooks(saved.count, lambda tensor: tensor):
+                    result, outputs = self._first_evaluation(leaves, batch, index)
+                if not bool(torch.isfinite(result.sum)):
+                    raise DataError(f"the loss is {float(result.sum)} on batch {index}; it must be finite")
+                if index == 0:
+                    self._require_repeatable(leaves, batch, result.sum, outputs)
+                used |= _used_names(result.sum, leaves)
+                terms += result.terms
+                graph_bytes = max(graph_bytes, saved.total)
+                output_entries = max(output_entries, 0 if outputs is None else outputs.numel())
+            self._require_same_second_pass(prints)
+        if not prints:
+            raise DataError("data is empty: it gave no batch")
+        if terms <= 0:
+            raise DataError(f"data has no loss terms: all {len(prints)} batches are empty, ignored or of weight zero")
+        if not used:
+            raise ModelError("the loss does not depend on any trainable parameter of the model")
+        return Inspection(
+            terms=terms,
+            batches=len(prints),
+            unused=tuple(name for name in self.parameters.names if name not in used),
+            data_fingerprint=hashlib.blake2b("".join(prints).encode(), digest_size=8).hexdigest(),
+            graph_bytes=graph_bytes,
+            output_entries=output_entries,
+        )
+
+    def _first_evaluation(
+        self, leaves: Mapping[str, Tensor], batch: Any, index: int
+    ) -> tuple[SumAndTerms, Tensor | None]:
+        """Evaluation whose failure is told in one line: it is the first time that model, loss and data meet."""
+        try:
+            return self._evaluate(leaves, batch, index)
+        except HesscopeError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ModelError(f"the model or its loss failed on batch {index}: {reason}") from error
+
+    def _require_repeatable(
+        self, leaves: Mapping[str, Tensor], batch: Any, loss_sum: Tensor, outputs: Tensor | None
+    ) -> None:
+        with torch.no_grad():
+            result, again = self._evaluate(leaves, batch, 0)
+        pairs = [(loss_sum, result.sum)] if outputs is None or again is None else [(outputs, again)]
+        # Rounding may differ between two runs on a GPU; randomness that matters is far above 1000 roundings.
+        for first, second in pairs:
+            if first.numel() == 0:
+                continue
+            allowed = 1000 * torch.finfo(first.dtype).eps * first.abs().max()
+            if not bool((first - second).abs().max() <= allowed):
+                raise ModelError(
+                    "the model is random in eval mode: two forward passes on batch 0 differ; "
+                    "a Hessian needs a deterministic function (look for dropout or noise that ignores model.eval())"
+                )
+
+    def _require_same_second_pass(self, prints: list[str]) -> None:
+        if self._data.in_memory:
+            return
+        count = 0
+        for index, batch in enumerate(self._data):
+            if index >= len(prints) or fingerprint(batch) != prints[index]:
+                raise DataError(
+                    f"the loader gave different data on a second pass, first in batch {index}; "
+                    "use shuffle=False, no random augmentation and no one-shot iterator, or pass list(loader)"
+                )
+            count += 1
+        if count != len(prints):
+            raise DataError(f"the loader gave {len(prints)} batches on the first pass and {count} on the second")
+
+
+class _SavedBytes:
+    """Adds up the memory of the tensors autograd saves, each storage once."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._seen: set[int] = set()
+
+    def count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+
+def _used_names(loss_sum: Tensor, leaves: Mapping[str, Tensor]) -> set[str]:
+    if not loss_sum.requires_grad:
+        return set()
+    gradients = torch.autograd.grad(loss_sum, list(leaves.values()), allow_unused=True)
+    return {name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+
+
+def _logits(result: Any) -> Tensor:
+    """The tensor of outputs: the result itself, or its `logits` (Hugging Face)."""
+    logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", result)
+    if not isinstance(logits, Tensor):
+        raise ModelError(
+            f"the model must return a tensor or an object with .logits, got {type(result).__name__}; "
+            "for anything else pass a loss callable(model, batch) -> (sum, terms)"
+        )
+    return logits
+
+
+def _predicts_next_token(model: nn.Module) -> bool:
+    """Whether the labels of this Hugging Face model are its own inputs, to be shifted by one (causal models)."""
+    can_generate = getattr(model, "can_generate", None)
+    return callable(can_generate) and bool(can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def require_output_loss(objective: Objective, what: str) -> OutputLoss:
+    """The objective's loss, or InputError if it is a callable, for which `what` does not exist."""
+    if isinstance(objective.loss, OutputLoss):
+        return objective.loss
+    raise InputError(
+        f"{what} needs the loss as a function of the model's outputs; a loss callable does not give it "
+        "(pass 'cross_entropy', 'mse' or a torch loss module)"
+    )

@@ -1,0 +1,211 @@
+"""Operator: a matrix known by its products, with the algebra and the conversions that every matrix has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hesscope.core.errors import InputError
+from hesscope.core.memory import require_memory
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+SYMMETRIZE_TILE = 1024
+
+
+class Operator(ABC):
+    """A real P x P matrix that is known through its products with vectors.
+
+    Attributes:
+        shape: (P, P); dtype, device: of the vectors it takes and gives.
+        symmetric: whether it equals its transpose by construction.
+        engine: how products are computed; data_fingerprint: hash of the data behind it ("" if there is none).
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    symmetric: bool
+    engine: str
+    data_fingerprint: str
+
+    @abstractmethod
+    def products(self, V: Tensor) -> Tensor:
+        """The operator times each column of V [P, K], which is of the right dtype and device; returns [P, K]."""
+
+    @property
+    def columns_per_pass(self) -> int:
+        """How many columns `products` should be given at once: more need more memory, fewer repeat set-up work."""
+        return 256
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        """Product with a vector [P] or with the columns of a matrix [P, K].
+
+        Raises:
+            InputError: another shape, dtype or device.
+        """
+        if not isinstance(V, Tensor):
+            raise InputError(f"the right-hand side must be a torch.Tensor, got {type(V).__name__}")
+        if V.ndim not in (1, 2) or V.shape[0] != self.shape[1]:
+            raise InputError(
+                f"the right-hand side must have shape [{self.shape[1]}] or [{self.shape[1]}, K], got {list(V.shape)}"
+            )
+        if V.dtype != self.dtype or V.device != self.device:
+            raise InputError(
+                f"the right-hand side must be {self.dtype} on {self.device} like the operator, "
+                f"got {V.dtype} on {V.device}"
+            )
+        if V.ndim == 1:
+            return self.products(V.detach().unsqueeze(1)).squeeze(1)
+        return self.products(V.detach())
+
+    def __add__(self, other: Operator) -> Operator:
+        return _combined([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: Operator) -> Operator:
+        return _combined([(1.0, self), (-1.0, other)])
+
+    def __mul__(self, factor: float) -> Operator:
+        return _combined([(_number(factor), self)])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Operator:
+        return _combined([(-1.0, self)])
+
+    def column_chunks(self) -> Iterator[slice]:
+        """All P columns, in chunks of `columns_per_pass`."""
+        size, step = self.shape[1], self.columns_per_pass
+        return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+    def columns(self, chunk: slice) -> Tensor:
+        """The columns `chunk` of the matrix, [P, chunk length]."""
+        width = chunk.stop - chunk.start
+        identity = torch.zeros(self.shape[1], width, dtype=self.dtype, device=self.device)
+        identity[chunk].fill_diagonal_(1.0)
+        return self.products(identity)
+
+    def dense(self) -> Tensor:
+        """The whole matrix, [P, P]; exactly symmetric if the operator is.
+
+        Raises:
+            TooLargeError: it would not fit in memory (the message says how much it needs and what to use instead).
+        """
+        rows, cols = self.shape
+        item = torch.empty(0, dtype=self.dtype).element_size()
+        needed = rows * cols * item + 3 * rows * min(self.columns_per_pass, cols) * item
+        require_memory(
+            needed,
+            self.device,
+            f"the dense {rows} x {cols} matrix",
+            "products (operator @ vectors) or block_energies(..., method='probes')",
+        )
+        matrix = torch.empty(rows, cols, dtype=self.dtype, device=self.device)
+        for chunk in self.column_chunks():
+            matrix[:, chunk] = self.columns(chunk)
+        return symmetrize_(matrix) if self.symmetric else matrix
+
+    def to_scipy(self) -> LinearOperator:
+        """A `scipy.sparse.linalg.LinearOperator` of NumPy arrays on the CPU, for SciPy's solvers."""
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator
+
+        def product(V: Any) -> Any:
+            column = torch.from_numpy(np.ascontiguousarray(V)).to(self.dtype).to(self.device)
+            return (self @ column).cpu().numpy()
+
+        transposed = product if self.symmetric else None
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(
+            self.shape, matvec=product, matmat=product, rmatvec=transposed, rmatmat=transposed, dtype=dtype
+        )
+
+
+def symmetrize_(matrix: Tensor) -> Tensor:
+    """Replace a square matrix by the mean of itself and its transpose, tile by tile, in place."""
+    size = matrix.shape[0]
+    for start in range(0, size, SYMMETRIZE_TILE):
+        stop = min(start + SYMMETRIZE_TILE, size)
+        right, below = matrix[start:stop, start:], matrix[start:, start:stop]
+        mean = (right + below.T) / 2
+        right.copy_(mean)
+        below.copy_(mean.T)
+        corner = matrix[start:stop, start:stop]  # written twice above, once transposed: both agree up to rounding
+        corner.copy_((corner + corner.T) / 2)
+    return matrix
+
+
+@dataclass(frozen=True)
+class Combination(Operator):
+    """Sum of operators, each times a number."""
+
+    terms: tuple[tuple[float, Operator], ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """(P, P)."""
+        return self.terms[0][1].shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of the vectors it takes and gives."""
+        return self.terms[0][1].dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Of the vectors it takes and gives."""
+        return self.terms[0][1].device
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """Whether all terms are."""
+        return all(term.symmetric for _, term in self.terms)
+
+    @property
+    def engine(self) -> str:  # type: ignore[override]
+        """The terms' engines."""
+        return " ; ".join(f"{factor:+g} {term.engine}" for factor, term in self.terms)
+
+    @property
+    def data_fingerprint(self) -> str:  # type: ignore[override]
+        """The terms' fingerprints, each once."""
+        return "+".join(dict.fromkeys(term.data_fingerprint for _, term in self.terms if term.data_fingerprint))
+
+    @property
+    def columns_per_pass(self) -> int:
+        """The smallest of the terms'."""
+        return min(term.columns_per_pass for _, term in self.terms)
+
+    def products(self, V: Tensor) -> Tensor:
+        """Sum of the terms' products."""
+        (factor, first), *rest = self.terms
+        total = first.products(V) * factor
+        for factor, term in rest:
+            total.add_(term.products(V), alpha=factor)
+        return total
+
+
+def _combined(terms: list[tuple[float, Any]]) -> Combination:
+    flat: list[tuple[float, Operator]] = []
+    for factor, term in terms:
+        if not isinstance(term, Operator):
+            raise InputError(f"operators combine with operators, got {type(term).__name__}; see hesscope.as_operator")
+        inner = term.terms if isinstance(term, Combination) else ((1.0, term),)
+        flat.extend((factor * scale, operator) for scale, operator in inner)
+    for what in ("shape", "dtype", "device"):
+        kinds = {str(getattr(operator, what)) for _, operator in flat}
+        if len(kinds) > 1:
+            raise InputError(f"operators to be combined must share one {what}, found {', '.join(sorted(kinds))}")
+    return Combination(tuple(flat))
+
+
+def _number(factor: Any) -> float:
+    if isinstance(factor, (int, float)):
+        return float(factor)
+    raise InputError(f"an operator can be multiplied by a number, got {type(factor).__name__}; use @ for products")

@@ -1,0 +1,1 @@
+"""Random-matrix predictions; knows no networks."""
