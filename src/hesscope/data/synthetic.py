@@ -20,7 +20,7 @@ def gaussian(N: int, d: int, C: int, seed: int = 0, dtype: torch.dtype | None = 
 def clusters(
     N: int, d: int, C: int, noise: float = 0.05, seed: int = 0, dtype: torch.dtype | None = None
 ) -> LabelledData:
-    """Inputs x = centre of the class + noise * N(0, I_d); the C centres are uniform on the unit sphere, labels uniform."""
+    """Inputs x = class centre + noise * N(0, I_d); the C centres are uniform on the unit sphere, labels uniform."""
     _require_sizes(N, d, C)
     centres = torch.randn(C, d, dtype=torch.float64, generator=stream(seed, "clusters", "centres"))
     centres /= centres.norm(dim=1, keepdim=True)

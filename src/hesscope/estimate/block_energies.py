@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,15 @@ Array = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class Method:
+    """A settled method: "exact" (probes = 0) or "probes" with their number, and the products either takes."""
+
+    name: str
+    probes: int
+    products: int
+
+
 def block_energies(
     matrix: Any,
     partition: Partition,
@@ -43,7 +53,7 @@ def block_energies(
         matrix: an operator or dense matrix [P, P] (see as_operator).
         partition: B blocks of the P parameters.
         method: "exact" takes P products and no more memory than a few columns; "probes" takes B products a probe and
-            gives standard errors; "auto" takes whichever needs fewer products (see choose_method).
+            gives standard errors; "auto" takes "exact" up to 2048 parameters or where it needs fewer products.
         probes: number of independent probes, 32 unless told; each sees every block once.
         seed: root of the random streams; equal seeds give equal numbers.
         progress: called with (products done, products in all).
@@ -55,21 +65,21 @@ def block_energies(
     """
     operator = as_operator(matrix)
     partition.require_fits(operator.shape[0])
-    method, count = choose_method(operator.shape[0], len(partition), method, probes)
-    provenance = energies_provenance(operator, method, seed)
-    if method == "exact":
+    settled = choose_method(operator.shape[0], len(partition), method, probes)
+    provenance = energies_provenance(operator, settled, seed)
+    if settled.name == "exact":
         total = np.zeros((len(partition), len(partition)))
         for chunk in operator.column_chunks():
-            total += column_energies(operator, partition, chunk)
+            total += energies_of_columns(operator.columns(chunk), partition, chunk)
             if progress is not None:
-                progress(chunk.stop, operator.shape[1])
+                progress(chunk.stop, settled.products)
         return BlockEnergies.exact(partition.labels, partition.sizes, total, provenance)
-    samples = probe_samples(operator, partition, seed, range(count), progress)
+    (samples,) = probe_samples((operator,), partition, seed, range(settled.probes), progress)
     return BlockEnergies.from_samples(partition.labels, partition.sizes, samples, provenance)
 
 
-def choose_method(parameters: int, blocks: int, method: str, probes: int | None) -> tuple[str, int]:
-    """Settle "auto" and the number of probes (0 for "exact"); raises InputError for values that do not fit."""
+def choose_method(parameters: int, blocks: int, method: str, probes: int | None) -> Method:
+    """Settle "auto" and the number of probes; raises InputError for values that do not fit."""
     require_choice("method", method, METHODS)
     if probes is not None:
         require_positive_int("probes", probes)
@@ -80,61 +90,76 @@ def choose_method(parameters: int, blocks: int, method: str, probes: int | None)
     count = DEFAULT_PROBES if probes is None else probes
     if method == "auto":
         method = "exact" if parameters <= max(EXACT_SIZE, blocks * count) else "probes"
-    return method, 0 if method == "exact" else count
+    return Method("exact", 0, parameters) if method == "exact" else Method("probes", count, blocks * count)
 
 
-def energies_provenance(operator: Operator, method: str, seed: int) -> Provenance:
+def energies_provenance(operator: Operator, method: Method, seed: int) -> Provenance:
     """Where block energies made by `method` come from."""
     return Provenance(
-        engine=f"block energies: {method}; {operator.engine}",
+        engine=f"block energies: {method.name}; {operator.engine}",
         dtype=str(operator.dtype).removeprefix("torch."),
         device=str(operator.device),
         data_fingerprint=operator.data_fingerprint,
-        seed=None if method == "exact" else seed,
+        seed=None if method.name == "exact" else seed,
     )
 
 
-def column_energies(operator: Operator, partition: Partition, chunk: slice) -> Array:
-    """Contribution [B, B] of the columns `chunk` to all energies; summed over all columns it is exact."""
-    assignment = _assignment(partition, operator.device)
-    energies = _row_sums(operator.columns(chunk), assignment, len(partition))
-    total = torch.zeros(len(partition), len(partition), dtype=torch.float64, device=operator.device)
-    total.index_add_(1, assignment[chunk], energies)
+def energies_of_columns(columns: Tensor, partition: Partition, chunk: slice) -> Array:
+    """Contribution [B, B] to all energies of the matrix's columns `chunk`, given as [P, K]; summed over all, exact."""
+    blocks = len(partition)
+    assignment = _assignment(partition, columns.device)
+    total = torch.zeros(blocks, blocks, dtype=torch.float64, device=columns.device)
+    total.index_add_(1, assignment[chunk], _row_sums(columns, assignment, blocks))
     return total.cpu().numpy()
 
 
 def probe_samples(
-    operator: Operator, partition: Partition, seed: int, probes: range, progress: Progress | None = None
-) -> Array:
-    """Samples [len(probes), B, B], each unbiased for all energies at once.
+    operators: Sequence[Operator],
+    partition: Partition,
+    seed: int,
+    probes: range,
+    progress: Progress | None = None,
+) -> tuple[Array, ...]:
+    """Samples [len(probes), B, B] for one operator, or for two and their difference, from the same vectors.
 
-    With v random signs on block j and zero elsewhere, E||P_i H v||^2 = ||H_ij||_F^2. Probe k draws its signs from the
-    stream (seed, "block_energies", k), so that a run can be cut anywhere. For a symmetric operator the samples of
-    (i, j) and (j, i) are averaged: same mean, less variance.
+    With v random signs on block j and zero elsewhere, E||P_i H v||^2 = ||H_ij||_F^2: each sample is unbiased for all
+    energies at once. Probe k draws its signs from the stream (seed, "block_energies", k), so that a run can be cut
+    anywhere. For symmetric operators the samples of (i, j) and (j, i) are averaged: same mean, less variance.
+
+    Raises:
+        TooLargeError: the samples would not fit in memory.
     """
-    blocks, size = len(partition), operator.shape[0]
-    needed = 2 * len(probes) * blocks * blocks * 8
+    blocks, (first, *_) = len(partition), operators
+    results = len(operators) if len(operators) == 1 else 3
+    needed = 2 * results * len(probes) * blocks * blocks * 8
     require_memory(needed, "cpu", f"{len(probes)} samples of {blocks} x {blocks} blocks", "a coarser partition")
-    samples = np.empty((len(probes), blocks, blocks))
-    assignment = _assignment(partition, operator.device)
-    members = [torch.from_numpy(partition.indices(label)).to(operator.device) for label in partition.labels]
+    samples = np.empty((results, len(probes), blocks, blocks))
+    assignment = _assignment(partition, first.device)
+    members = [torch.from_numpy(partition.indices(label)).to(first.device) for label in partition.labels]
     pairs = [(row, block) for row in range(len(probes)) for block in range(blocks)]
-    step = operator.columns_per_pass
-    signs: dict[int, Tensor] = {}
+    step = min(operator.columns_per_pass for operator in operators)
+    current, signs = -1, torch.empty(0)
     for start in range(0, len(pairs), step):
         chunk = pairs[start : start + step]
-        V = torch.zeros(size, len(chunk), dtype=operator.dtype, device=operator.device)
+        V = torch.zeros(first.shape[0], len(chunk), dtype=first.dtype, device=first.device)
         for column, (row, block) in enumerate(chunk):
-            if row not in signs:
+            if row != current:
                 generator = stream(seed, "block_energies", probes[row])
-                signs = {row: rademacher(size, generator).to(operator.device, operator.dtype)}
-            V[members[block], column] = signs[row][members[block]]
-        energies = _row_sums(operator @ V, assignment, blocks).cpu().numpy()
-        for column, (row, block) in enumerate(chunk):
-            samples[row, :, block] = energies[:, column]
+                current, signs = row, rademacher(first.shape[0], generator).to(first.device, first.dtype)
+            V[members[block], column] = signs[members[block]]
+        rows, columns = np.asarray(chunk).T
+        for number, product in enumerate(with_difference([operator @ V for operator in operators])):
+            samples[number, rows, :, columns] = _row_sums(product, assignment, blocks).T.cpu().numpy()
         if progress is not None:
             progress(start + len(chunk), len(pairs))
-    return (samples + samples.transpose(0, 2, 1)) / 2 if operator.symmetric else samples
+    if all(operator.symmetric for operator in operators):
+        samples = (samples + samples.transpose(0, 1, 3, 2)) / 2
+    return tuple(samples)
+
+
+def with_difference(results: list[Tensor]) -> list[Tensor]:
+    """[H v] as it is; [H v, G v] together with their difference, the residual part's product."""
+    return results if len(results) == 1 else [*results, results[0] - results[1]]
 
 
 def _assignment(partition: Partition, device: torch.device) -> Tensor:

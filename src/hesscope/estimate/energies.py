@@ -175,6 +175,38 @@ class BlockEnergies:
         return off / (count * (count - 1)), diagonal / count
 
 
+@dataclass(frozen=True, eq=False)
+class SplitEnergies:
+    """Block energies of the Hessian H and of its parts G (Gauss-Newton) and R = H - G, side by side.
+
+    The parts' energies do not add up to those of H: H_ij = G_ij + R_ij has a cross term. A loss callable has H alone.
+    """
+
+    parts: Mapping[str, BlockEnergies]
+
+    @property
+    def hessian(self) -> BlockEnergies:
+        """Energies of H itself."""
+        return self.parts["H"]
+
+    def to_xarray(self) -> xr.Dataset:
+        """The data set of BlockEnergies with one more dimension, part (H, G, R); `from_xarray` reads it back."""
+        import xarray as xr
+
+        sets = [energies.to_xarray().drop_vars("block_size") for energies in self.parts.values()]
+        joined = xr.concat(sets, dim=xr.DataArray(np.asarray(list(self.parts), dtype=object), dims="part", name="part"))
+        joined["block_size"] = ("row_block", np.asarray(self.hessian.sizes))
+        return joined.assign_attrs(self.hessian.to_xarray().attrs, record="SplitEnergies")
+
+    @classmethod
+    def from_xarray(cls, dataset: xr.Dataset) -> SplitEnergies:
+        """Inverse of `to_xarray`; other variables of the data set are ignored."""
+        require_xarray_kind(dataset, "SplitEnergies")
+        names = [str(name) for name in dataset["part"].to_numpy()]
+        single = dataset.assign_attrs(record="BlockEnergies")
+        return cls({name: BlockEnergies.from_xarray(single.sel(part=name)) for name in names})
+
+
 def _ratio(numerator: float, denominator: float) -> float:
     return float(numerator / denominator) if denominator > 0 else float("nan")
 

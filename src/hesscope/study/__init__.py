@@ -1,0 +1,1 @@
+"""A described, resumable run: configuration, steps, store."""

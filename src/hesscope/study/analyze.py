@@ -1,0 +1,269 @@
+"""The analysis of a user's own network: block energies of H, G and R in one partition, resumable part by part."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from hesscope._version import __version__
+from hesscope.core.memory import human_bytes
+from hesscope.estimate.block_energies import (
+    EXACT_SIZE,
+    Method,
+    choose_method,
+    energies_of_columns,
+    energies_provenance,
+    probe_samples,
+    with_difference,
+)
+from hesscope.estimate.energies import BlockEnergies, SplitEnergies
+from hesscope.objective import Objective
+from hesscope.objective.losses import OutputLoss
+from hesscope.operators import GaussNewton, Hessian, Operator
+from hesscope.partition import Partition
+from hesscope.study import loading
+from hesscope.study.config import StudyConfig
+from hesscope.study.steps import Progress, Reporter, Step, run_steps
+from hesscope.study.store import Store
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+# A study is cut into about so many parts, each stored when done: a killed run loses at most one of them.
+PARTS = 40
+RESULT = "energies"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that `analyze` needs, loaded and checked."""
+
+    config: StudyConfig
+    folder: Path
+    objective: Objective
+    partition: Partition
+    method: Method
+
+    @cached_property
+    def operators(self) -> tuple[Operator, ...]:
+        """The Hessian, and the Gauss-Newton matrix where the loss has one."""
+        if isinstance(self.objective.loss, OutputLoss):
+            return Hessian(self.objective), GaussNewton(self.objective)
+        return (Hessian(self.objective),)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the matrices measured."""
+        return ("H", "G", "R") if len(self.operators) == 2 else ("H",)
+
+    @property
+    def keeps_matrix(self) -> bool:
+        """Whether the dense Hessian and its eigenvalues are stored too: exact and small."""
+        return self.method.name == "exact" and self.objective.parameters.size <= EXACT_SIZE
+
+    @cached_property
+    def store(self) -> Store:
+        """Where the results go, under a fingerprint of all that they depend on."""
+        digest = hashlib.blake2b(digest_size=8)
+        parameters = dict(self.objective.model.named_parameters())
+        for name in self.objective.parameters.names:
+            digest.update(parameters[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for what in (
+            __version__,
+            self.objective.loss.name,
+            self.objective.data_fingerprint,
+            self.partition.labels,
+            self.method,
+            self.config.seed,
+        ):
+            digest.update(repr(what).encode())
+        digest.update(self.partition.assignment.tobytes())
+        return Store(self.folder, digest.hexdigest())
+
+
+def prepare(config: StudyConfig, base: Path) -> Study:
+    """Load and check everything; relative paths are relative to `base`.
+
+    Raises:
+        HesscopeError: whatever does not fit, in one line; nothing has been written then.
+    """
+    with loading.importable_from(base):
+        checkpoint = None if config.checkpoint is None else base / config.checkpoint
+        model = loading.load_model(config.model, config.model_arguments, checkpoint)
+        data = loading.load_data(config.data, config.data_arguments, config.loss)
+        objective = Objective(model, loading.load_loss(config.loss), data)
+        partition = loading.load_partition(config.partition, model)
+    partition.require_fits(objective.parameters.size)
+    method = choose_method(objective.parameters.size, len(partition), config.method, config.probes)
+    return Study(config, base / config.output, objective, partition, method)
+
+
+def describe(study: Study) -> list[tuple[str, str]]:
+    """What is about to be done: (what, how much) lines with parameters, blocks, products, time and memory."""
+    objective, partition, method = study.objective, study.partition, study.method
+    space = objective.parameters
+    frozen = sum(p.numel() for p in objective.model.parameters() if not p.requires_grad)
+    unmatched = sum(partition.sizes[partition.labels.index(label)] for label in partition.unmatched)
+    seconds, products = time_products(study), method.products * len(study.operators)
+    how = "one per parameter" if method.name == "exact" else f"{method.probes} probes of each block"
+    lines = [
+        ("model", f"{type(objective.model).__name__}, {space.size:,} parameters in {len(space.names)} tensors"),
+        (
+            "data",
+            f"{objective.num_terms:,} loss terms in {objective.num_batches:,} batches, loss {objective.loss.name}",
+        ),
+        ("partition", f"{study.config.partition}: {len(partition):,} blocks"),
+        ("unmatched", f"{_some(partition.unmatched)} ({unmatched:,} parameters in single blocks)"),
+        ("unused", _some(objective.unused) + (" (their rows are exactly zero)" if objective.unused else "")),
+        ("method", f"{method.name}: {products:,} products ({how}; {' and '.join(study.part_names[:2])})"),
+        ("time", f"about {human_seconds(seconds * products)} ({1000 * seconds:.2g} ms a product)"),
+        ("memory", f"about {human_bytes(expected_bytes(study))} beyond the model and data"),
+        ("results", str(study.folder)),
+    ]
+    if frozen:
+        lines.insert(1, ("left out", f"{frozen:,} parameters with requires_grad=False"))
+    return [line for line in lines if line[1] != "none" and not line[1].startswith("none (")]
+
+
+def time_products(study: Study) -> float:
+    """Seconds a product takes, measured on one pass of each operator."""
+    size = study.objective.parameters.size
+    elapsed = []
+    for operator in study.operators:
+        columns = min(operator.columns_per_pass, study.method.products)
+        V = torch.zeros(size, columns, dtype=operator.dtype, device=operator.device)
+        start = time.perf_counter()
+        _ = (operator @ V).sum().item()
+        elapsed.append((time.perf_counter() - start) / columns)
+    return sum(elapsed) / len(elapsed)
+
+
+def expected_bytes(study: Study) -> int:
+    """Memory of one pass of products, of the energies and, if it is kept, of the matrix."""
+    size, blocks = study.objective.parameters.size, len(study.partition)
+    item = torch.empty(0, dtype=study.objective.parameters.dtype).element_size()
+    columns = min(operator.columns_per_pass for operator in study.operators)
+    one_pass = columns * (2 * study.objective.graph_bytes + 6 * size * item)
+    energies = 2 * len(study.part_names) * max(study.method.probes, 1) * blocks * blocks * 8
+    matrix = 3 * size * size * item if study.keeps_matrix else 0
+    return one_pass + energies + matrix
+
+
+def run(study: Study, report: Reporter) -> int:
+    """Measure; returns how many steps were found done from an earlier run under the same settings."""
+    store = study.store
+    ranges = _ranges(study)
+    names = [f"part-{number:04d}" for number in range(len(ranges))]
+    steps = [
+        Step(name, "measuring block energies", float(len(covered)), _part(study, covered))
+        for name, covered in zip(names, ranges, strict=True)
+    ]
+    if store.has(RESULT):
+        steps = []
+    final = Step(RESULT, "putting the results together", 0.02 * study.method.products, lambda _: _merge(study, names))
+    found = run_steps([*steps, final], store, report)
+    for name in names:
+        store.remove(name)
+    return found
+
+
+def human_seconds(seconds: float) -> str:
+    """'3 min 20 s' and the like."""
+    if seconds < 1:
+        return "a second"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+def _ranges(study: Study) -> list[range]:
+    """Columns (exact) or probes of each part; fixed by the study alone, so that a resumed run gives the same bits."""
+    whole = study.method.products if study.method.name == "exact" else study.method.probes
+    grain = min(op.columns_per_pass for op in study.operators) if study.method.name == "exact" else 1
+    step = grain * max(1, -(-whole // (PARTS * grain)))
+    return [range(start, min(start + step, whole)) for start in range(0, whole, step)]
+
+
+def _part(study: Study, covered: range) -> Callable[[Progress], xr.Dataset]:
+    compute = _exact_part if study.method.name == "exact" else _probes_part
+    return lambda progress: compute(study, covered, progress)
+
+
+def _exact_part(study: Study, covered: range, progress: Progress) -> xr.Dataset:
+    import xarray as xr
+
+    operators, partition = study.operators, study.partition
+    step = min(operator.columns_per_pass for operator in operators)
+    energies = np.zeros((len(study.part_names), len(partition), len(partition)))
+    kept = []
+    for start in range(covered.start, covered.stop, step):
+        chunk = slice(start, min(start + step, covered.stop))
+        columns = with_difference([operator.columns(chunk) for operator in operators])
+        energies += np.stack([energies_of_columns(part, partition, chunk) for part in columns])
+        if study.keeps_matrix:
+            kept.append(columns[0].cpu().numpy())
+        progress((chunk.stop - covered.start) / len(covered))
+    result = xr.Dataset({"energy": (("part", "row_block", "column_block"), energies)})
+    if kept:
+        result["hessian_columns"] = (("parameter", "column"), np.concatenate(kept, axis=1))
+    return result
+
+
+def _probes_part(study: Study, covered: range, progress: Progress) -> xr.Dataset:
+    import xarray as xr
+
+    samples = probe_samples(
+        study.operators, study.partition, study.config.seed, covered, lambda done, whole: progress(done / whole)
+    )
+    return xr.Dataset({"energy_samples": (("part", "sample", "row_block", "column_block"), np.stack(samples))})
+
+
+def _merge(study: Study, names: list[str]) -> xr.Dataset:
+    partition, hessian = study.partition, study.operators[0]
+    provenance = energies_provenance(hessian, study.method, study.config.seed)
+    parts = [study.store.require(name) for name in names]
+    if study.method.name == "exact":
+        total = sum((part["energy"].to_numpy() for part in parts[1:]), start=parts[0]["energy"].to_numpy())
+        merged = [BlockEnergies.exact(partition.labels, partition.sizes, matrix, provenance) for matrix in total]
+    else:
+        samples = np.concatenate([part["energy_samples"].to_numpy() for part in parts], axis=1)
+        merged = [BlockEnergies.from_samples(partition.labels, partition.sizes, each, provenance) for each in samples]
+    result = SplitEnergies(dict(zip(study.part_names, merged, strict=True))).to_xarray()
+    if study.keeps_matrix:
+        matrix = np.concatenate([part["hessian_columns"].to_numpy() for part in parts], axis=1)
+        matrix = (matrix + matrix.T) / 2
+        result["hessian"] = (("parameter", "parameter_"), matrix.astype(np.float32))
+        result["eigenvalue"] = ("index", np.linalg.eigvalsh(matrix))
+    return result.assign_attrs(
+        model=study.config.model,
+        model_class=type(study.objective.model).__name__,
+        loss=study.objective.loss.name,
+        partition=study.config.partition,
+        unmatched=list(partition.unmatched),
+        unused=list(study.objective.unused),
+        value=study.objective.value(),
+        gradient_norm=float(study.objective.gradient().norm()),
+        parameters=study.objective.parameters.size,
+        terms=study.objective.num_terms,
+        method=study.method.name,
+        probes=study.method.probes,
+    )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    if not names:
+        return "none"
+    more = f" and {len(names) - loading.NAMES_SHOWN} more" if len(names) > loading.NAMES_SHOWN else ""
+    return ", ".join(names[: loading.NAMES_SHOWN]) + more

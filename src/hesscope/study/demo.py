@@ -1,0 +1,164 @@
+"""The demo: one-hidden-layer ReLU networks on scikit-learn's digits, measured at three times of their training."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from hesscope._version import __version__
+from hesscope.core.rng import stream
+from hesscope.core.vectors import ParameterSpace
+from hesscope.data import LabelledData, digits
+from hesscope.estimate.block_energies import block_energies
+from hesscope.estimate.energies import SplitEnergies
+from hesscope.models import MLP, one_hidden
+from hesscope.objective import Objective
+from hesscope.operators import GaussNewton, Hessian
+from hesscope.partition import Partition
+from hesscope.study.steps import Progress, Reporter, Step, run_steps
+from hesscope.study.store import Store
+from hesscope.study.training import Examples, train
+from hesscope.theory import static_force
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+LOSSES = {"cross_entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
+TIMES = ("initial", "half", "final")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo's numbers depend on: root seed, hidden width m, training epochs, training samples."""
+
+    seed: int = 0
+    width: int = 16
+    epochs: int = 40
+    samples: int = 1437
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the settings and of hesscope's version."""
+        text = repr(sorted({**asdict(self), "version": __version__}.items()))
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def demo_store(folder: Path, settings: DemoSettings) -> Store:
+    """Where the demo's results lie."""
+    return Store(folder, settings.fingerprint)
+
+
+def run_demo(folder: Path, settings: DemoSettings, report: Reporter) -> int:
+    """Train, measure and predict; returns how many of the steps were found done from an earlier run."""
+    store = demo_store(folder, settings)
+    steps = []
+    for loss in LOSSES:
+        steps.append(_training_step(loss, settings))
+        steps.extend(_measuring_step(loss, time, settings, store) for time in TIMES)
+    steps.append(Step("prediction", "predicting the off-diagonal ratios", 3.0, lambda _: _predict(settings)))
+    return run_steps(steps, store, report)
+
+
+def _training_step(loss: str, settings: DemoSettings) -> Step:
+    title = f"training with {loss.replace('_', '-')}"
+    return Step(f"{loss}-training", title, 3.0, lambda progress: _train(loss, settings, progress))
+
+
+def _measuring_step(loss: str, time: str, settings: DemoSettings, store: Store) -> Step:
+    title = f"measuring the Hessian, {loss.replace('_', '-')}, {time}"
+    return Step(
+        f"{loss}-{time}",
+        title,
+        3.0,
+        lambda progress: _measure(store.require(f"{loss}-training"), loss, time, settings, progress),
+    )
+
+
+def _data(settings: DemoSettings) -> tuple[LabelledData, LabelledData]:
+    """Training and test part of the digits."""
+    return digits(dtype=torch.float64).split(settings.samples, stream(settings.seed, "demo", "split"))
+
+
+def _model(settings: DemoSettings, data: LabelledData) -> MLP:
+    d = data.inputs.shape[1]
+    return one_hidden(d, settings.width, data.classes, seed=settings.seed, dtype=torch.float64)
+
+
+def _train(loss: str, settings: DemoSettings, progress: Progress) -> xr.Dataset:
+    import xarray as xr
+
+    training, test = _data(settings)
+    model = _model(settings, training)
+    examples, held_out = (Examples(*part.batch(loss), part.labels) for part in (training, test))
+    kept = (0, settings.epochs // 2, settings.epochs)
+    result = train(model, LOSSES[loss](), examples, held_out, settings.epochs, kept, settings.seed, progress)
+    return xr.Dataset(
+        {
+            "train_loss": ("epoch", result.train_loss),
+            "test_loss": ("epoch", result.test_loss),
+            "train_accuracy": ("epoch", result.train_accuracy),
+            "test_accuracy": ("epoch", result.test_accuracy),
+            "kept_epoch": ("time", np.asarray(result.kept)),
+            "parameters": (("time", "parameter"), result.parameters),
+        },
+        coords={"epoch": np.arange(settings.epochs + 1), "time": np.asarray(TIMES, dtype=object)},
+        attrs={"record": "Trajectory", "loss": loss, **asdict(settings), "version": __version__},
+    )
+
+
+def _measure(trajectory: xr.Dataset, loss: str, time: str, settings: DemoSettings, progress: Progress) -> xr.Dataset:
+    """The dense Hessian, its split into Gauss-Newton and residual part, energies by neuron, eigenvalues."""
+    training, _ = _data(settings)
+    model = _model(settings, training)
+    vector = torch.from_numpy(trajectory["parameters"].sel(time=time).to_numpy())
+    with torch.no_grad():
+        for name, tensor in ParameterSpace.of(model).unflatten(vector).items():
+            model.get_parameter(name).copy_(tensor)
+    objective = Objective(model, loss, training.batch(loss))
+    hessian = Hessian(objective)
+    H = hessian.dense()
+    progress(0.5)
+    G = GaussNewton(objective).dense()
+    progress(0.9)
+    partition = Partition.by_row(model)
+    parts = {"H": H, "G": G, "R": H - G}
+    result = SplitEnergies({name: block_energies(matrix, partition) for name, matrix in parts.items()}).to_xarray()
+    result["hessian"] = (("parameter", "parameter_"), H.float().numpy())
+    result["eigenvalue"] = ("index", torch.linalg.eigvalsh(H).numpy())
+    return result.assign_attrs(
+        loss=loss,
+        time=time,
+        epoch=int(trajectory["kept_epoch"].sel(time=time)),
+        value=objective.value(),
+        gradient_norm=float(objective.gradient().norm()),
+        engine=f"dense; {hessian.engine}",
+        data_fingerprint=objective.data_fingerprint,
+        seed=settings.seed,
+        classes=training.classes,
+        inputs=training.inputs.shape[1],
+        width=settings.width,
+        samples=len(training),
+    )
+
+
+def _predict(settings: DemoSettings) -> xr.Dataset:
+    """Predicted r at initialization for Gaussian inputs of the same shape (MATH.md, section 4)."""
+    import xarray as xr
+
+    training, _ = _data(settings)
+    gamma = training.inputs.shape[1] / len(training)
+    forces = [static_force("one_hidden", loss, training.classes, gamma, settings.width) for loss in LOSSES]
+    return xr.Dataset(
+        {
+            name: ("loss", np.asarray([getattr(force, name) for force in forces]))
+            for name in ("hidden_ratio", "hidden_stderr", "output_ratio", "output_stderr")
+        },
+        coords={"loss": np.asarray(list(LOSSES), dtype=object)},
+        attrs={"record": "StaticForce", "gamma": gamma, "classes": training.classes, "width": settings.width},
+    )

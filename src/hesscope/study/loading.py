@@ -1,0 +1,171 @@
+"""Loading the user's own: functions by import path, checkpoints, partitions."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscope.core.checks import nearest
+from hesscope.core.errors import HesscopeError, InputError
+from hesscope.data import LabelledData
+from hesscope.partition import Partition
+
+SCHEMES: dict[str, Callable[[nn.Module], Partition]] = {
+    "tensor": Partition.by_tensor,
+    "layer": Partition.by_layer,
+    "row": Partition.by_row,
+    "column": Partition.by_column,
+    "head": Partition.by_head,
+}
+# Under which key training scripts keep the parameters in a checkpoint with more in it.
+NESTED_KEYS = ("state_dict", "model_state_dict", "model")
+NAMES_SHOWN = 5
+
+
+@contextmanager
+def importable_from(folder: Path) -> Iterator[None]:
+    """Let `import` find modules in `folder` and in the current directory while the body runs."""
+    added = [str(folder.resolve()), str(Path.cwd())]
+    sys.path[:0] = added
+    try:
+        yield
+    finally:
+        for entry in added:
+            sys.path.remove(entry)
+
+
+def resolve(key: str, path: str) -> Any:
+    """The object that an import path `pkg.module:name` names; `key` is the configuration key, for messages.
+
+    Raises:
+        InputError: malformed, no such module, the module fails to import, or no such name in it.
+    """
+    module_name, colon, name = path.partition(":")
+    if not colon or not module_name or not name:
+        raise InputError(f"{key} = {path!r} must have the form 'pkg.module:function'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if module_name == missing or module_name.startswith(missing + "."):
+            raise InputError(f"{key} = {path!r}: there is no module {missing!r} to import") from error
+        raise InputError(f"{key} = {path!r}: importing {module_name} failed: {error}") from error
+    except Exception as error:
+        raise InputError(f"{key} = {path!r}: importing {module_name} failed: {_one_line(error)}") from error
+    if not hasattr(module, name):
+        raise InputError(f"{key} = {path!r}: module {module_name} has no {name!r}{nearest(name, dir(module))}")
+    return getattr(module, name)
+
+
+def call_factory(key: str, path: str, arguments: dict[str, Any]) -> Any:
+    """Call the function at `path`; its failure is told in one line."""
+    factory = resolve(key, path)
+    if not callable(factory):
+        raise InputError(f"{key} = {path!r} is not a function")
+    try:
+        return factory(**arguments)
+    except HesscopeError:
+        raise
+    except Exception as error:
+        raise InputError(f"{key} = {path!r} failed: {_one_line(error)}") from error
+
+
+def load_model(path: str, arguments: dict[str, Any], checkpoint: Path | None) -> nn.Module:
+    """The network, with the checkpoint's parameters if one is given."""
+    model = call_factory("model", path, arguments)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model = {path!r} must return a torch.nn.Module, got {type(model).__name__}")
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Put a checkpoint's tensors into the model.
+
+    Raises:
+        InputError: it cannot be read, or its names or shapes do not fit the model's (which ones).
+    """
+    tensors = _read_tensors(path)
+    own = model.state_dict()
+    storage = {name: tensor.data_ptr() for name, tensor in own.items()}
+    given = {storage[name] for name in tensors if name in storage}
+    missing = [name for name in own if name not in tensors and storage[name] not in given]
+    unknown = [name for name in tensors if name not in own]
+    misfits = [
+        f"{name} has shape {list(tensor.shape)} there and {list(own[name].shape)} in the model"
+        for name, tensor in tensors.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    problems = [
+        *([f"missing {_shown(missing)}"] if missing else []),
+        *([f"not in the model: {_shown(unknown)}"] if unknown else []),
+        *([_shown(misfits)] if misfits else []),
+    ]
+    if problems:
+        raise InputError(f"checkpoint {path} does not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(tensors, strict=False)
+
+
+def load_data(path: str, arguments: dict[str, Any], loss: str) -> Any:
+    """What the data function returns; hesscope's own data sets with targets as the loss wants them."""
+    data = call_factory("data", path, arguments)
+    return data.batch(loss) if isinstance(data, LabelledData) else data
+
+
+def load_loss(loss: str) -> Any:
+    """A loss's name, or the object at its import path (a class of torch losses is instantiated)."""
+    if ":" not in loss:
+        return loss
+    found = resolve("loss", loss)
+    return found() if isinstance(found, type) and issubclass(found, nn.Module) else found
+
+
+def load_partition(partition: str, model: nn.Module) -> Partition:
+    """One of the schemes by name, or what the function at an import path makes of the model."""
+    if partition in SCHEMES:
+        return SCHEMES[partition](model)
+    if ":" not in partition:
+        accepted = ", ".join(repr(name) for name in SCHEMES)
+        raise InputError(
+            f"partition = {partition!r} must be one of {accepted} or 'pkg.module:function'{nearest(partition, SCHEMES)}"
+        )
+    made = call_factory("partition", partition, {"model": model})
+    if not isinstance(made, Partition):
+        raise InputError(f"partition = {partition!r} must return a hesscope.Partition, got {type(made).__name__}")
+    return made
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"checkpoint {path} cannot be read: {_one_line(error)[:200]}") from error
+    for key in NESTED_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"checkpoint {path} is not a dict of tensors (a state_dict)")
+    return dict(content)
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
