@@ -123,9 +123,9 @@ def test_refuses_to_combine_with(H, name):
 
 
 REFUSED_RIGHT_HAND_SIDES = {
-    "length": (lambda P: torch.zeros(P + 1, dtype=F64), r"must have shape \[56\] or \[56, K\], got \[57\]"),
-    "transposed": (lambda P: torch.zeros(2, P, dtype=F64), r"got \[2, 56\]"),
-    "three axes": (lambda P: torch.zeros(P, 1, 1, dtype=F64), r"got \[56, 1, 1\]"),
+    "length": (lambda P: torch.zeros(P + 1, dtype=F64), r"must have shape \[52\] or \[52, K\], got \[53\]"),
+    "transposed": (lambda P: torch.zeros(2, P, dtype=F64), r"got \[2, 52\]"),
+    "three axes": (lambda P: torch.zeros(P, 1, 1, dtype=F64), r"got \[52, 1, 1\]"),
     "scalar": (lambda P: torch.tensor(1.0, dtype=F64), r"got \[\]"),
     "dtype": (lambda P: torch.zeros(P), "must be torch.float64 on cpu like the operator, got torch.float32 on cpu"),
     "device": (lambda P: torch.zeros(P, dtype=F64, device="meta"), "got torch.float64 on meta"),
@@ -135,7 +135,7 @@ REFUSED_RIGHT_HAND_SIDES = {
 
 @pytest.mark.parametrize("name", REFUSED_RIGHT_HAND_SIDES)
 def test_refuses_right_hand_sides_that_do_not_fit(H, size, name):
-    assert size == 56
+    assert size == 52
     make, message = REFUSED_RIGHT_HAND_SIDES[name]
     with pytest.raises(InputError, match=message):
         H @ make(size)

@@ -1,0 +1,1 @@
+"""Figures and the HTML page: they read records only, never a model."""
