@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hesscope.core.errors import HesscopeError
     from hesscope.core.vectors import ParameterSpace
     from hesscope.estimate.block_energies import block_energies
-    from hesscope.estimate.energies import BlockEnergies
+    from hesscope.estimate.energies import BlockEnergies, SplitEnergies
     from hesscope.objective import Objective
     from hesscope.operators import GaussNewton, Hessian, as_operator
     from hesscope.partition import Partition
@@ -28,6 +28,7 @@ _HOME: dict[str, str | None] = {
     "as_operator": "hesscope.operators",
     "block_energies": "hesscope.estimate.block_energies",
     "BlockEnergies": "hesscope.estimate.energies",
+    "SplitEnergies": "hesscope.estimate.energies",
     "data": None,
     "models": None,
     "theory": None,
@@ -41,6 +42,7 @@ __all__ = [
     "Objective",
     "ParameterSpace",
     "Partition",
+    "SplitEnergies",
     "__version__",
     "as_operator",
     "block_energies",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hesscope.estimate.energies import BlockEnergies, SplitEnergies
+from hesscope.estimate.energies import SplitEnergies
 from hesscope.report import figures
 from hesscope.report.page import Picture, picture, write_page
 from hesscope.report.style import LOSS_COLOURS, LOSS_NAMES, TIME_NAMES, number, percent, styled

@@ -102,12 +102,12 @@ def eigenvalue_histogram(axes: Axes, eigenvalues: Array, title: str, colour: str
     threshold = 1e-5 * peak
     decades = np.geomspace(threshold, 1.6 * peak, 41)
     edges = np.concatenate([-decades[::-1], np.linspace(-threshold, threshold, 6)[1:-1], decades])
-    axes.hist(eigenvalues, bins=edges, color=colour)
-    axes.set_xscale("symlog", linthresh=threshold, linscale=0.6)
+    axes.hist(eigenvalues, bins=edges.tolist(), color=colour)
+    axes.set_xscale("symlog", linthresh=threshold, linscale=0.8)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)
     axes.set_xlim(edges[0], edges[-1])
-    lowest, highest = int(np.ceil(np.log10(threshold))), int(np.floor(np.log10(peak)))
+    lowest, highest = int(np.ceil(np.log10(threshold))) + 1, int(np.floor(np.log10(peak)))
     powers = [10.0**k for k in range(lowest, highest + 1, 2)]
     axes.set_xticks([-p for p in powers[::-1]] + [0.0] + powers)
     axes.minorticks_off()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ MAP = "magma"
 @contextmanager
 def styled() -> Iterator[None]:
     """Matplotlib settings for the body: sans-serif, light grid lines, no frame on top and right."""
-    settings = {
+    settings: Any = {
         "font.family": "DejaVu Sans",
         "font.size": 10,
         "axes.titlesize": 10.5,

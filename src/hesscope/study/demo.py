@@ -65,6 +65,13 @@ def run_demo(folder: Path, settings: DemoSettings, report: Reporter) -> int:
     return run_steps(steps, store, report)
 
 
+def demo_results(folder: Path, settings: DemoSettings) -> dict[str, xr.Dataset]:
+    """All results of a finished demo, by step name."""
+    store = demo_store(folder, settings)
+    names = [f"{loss}-{step}" for loss in LOSSES for step in ("training", *TIMES)]
+    return {name: store.require(name) for name in [*names, "prediction"]}
+
+
 def _training_step(loss: str, settings: DemoSettings) -> Step:
     title = f"training with {loss.replace('_', '-')}"
     return Step(f"{loss}-training", title, 3.0, lambda progress: _train(loss, settings, progress))

@@ -1,0 +1,126 @@
+"""Commands. Heavy modules are imported inside the commands, so that `hesscope --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hesscope._version import __version__
+from hesscope.cli.progress import progress_bar
+from hesscope.core.errors import HesscopeError, InputError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="hesscope",
+    help="Measures, predicts and explains the structure of neural-network Hessians.",
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point: bad input is one line on standard error and exit code 2, an interruption 130."""
+    try:
+        code = app(standalone_mode=False)  # typer turns Ctrl-C into the exit code 130
+    except typer.TyperException as error:
+        code = _fail(error.format_message())
+    except HesscopeError as error:
+        code = _fail(str(error))
+    except OSError as error:
+        code = _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    if code == INTERRUPTED:
+        print("hesscope: interrupted; what was finished is stored, run the same command to continue", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Measures, predicts and explains the structure of neural-network Hessians."""
+    if version:
+        print(f"hesscope {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the page, the figures and the results.")] = Path("out/demo"),
+    seed: Annotated[int, typer.Option(help="Root of all random streams.")] = 0,
+) -> None:
+    """Train small networks on handwritten digits and show the structure of their Hessians on a page."""
+    _require_folder(out)
+    from hesscope.study.demo import DemoSettings, demo_results, run_demo
+
+    settings = DemoSettings(seed=seed)
+    with progress_bar() as report:
+        found = run_demo(out, settings, report)
+    _say_found(found)
+    from hesscope.report.demo_page import write_demo_page
+
+    page = write_demo_page(out, demo_results(out, settings), _command())
+    print(f"page: {page.resolve()}")
+
+
+@app.command()
+def analyze(
+    study: Annotated[Path | None, typer.Argument(metavar="STUDY.toml", help="What to analyze.")] = None,
+    example: Annotated[bool, typer.Option("--example", help="Print a commented STUDY.toml and stop.")] = False,
+) -> None:
+    """Measure the block structure of your own network's Hessian, as a STUDY.toml describes it."""
+    if example:
+        from hesscope.study.config import EXAMPLE
+
+        print(EXAMPLE, end="")
+        return
+    if study is None:
+        raise InputError("analyze needs a STUDY.toml (hesscope analyze --example prints one to start from)")
+    from hesscope.study.analyze import describe, prepare, run
+    from hesscope.study.config import read_config
+
+    config = read_config(study)
+    prepared = prepare(config, study.parent)
+    _require_folder(prepared.folder)
+    for what, how_much in describe(prepared):
+        print(f"{what + ':':<11}{how_much}", flush=True)
+    with progress_bar() as report:
+        found = run(prepared, report)
+    _say_found(found)
+    from hesscope.report.study_page import write_study_page
+
+    page = write_study_page(prepared.folder, prepared.store.require("energies"), _command())
+    print(f"page: {page.resolve()}")
+
+
+def _require_folder(folder: Path) -> None:
+    """Refuse, before any work, an output folder that cannot be written to."""
+    nearest = next(place for place in (folder, *folder.resolve().parents) if place.exists())
+    if not nearest.is_dir():
+        raise InputError(f"the output folder {folder} cannot be made: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"the output folder {folder} cannot be written to")
+
+
+def _say_found(found: int) -> None:
+    if found:
+        print(f"continued an earlier run: {found} finished step{'s' if found > 1 else ''} found")
+
+
+def _command() -> str:
+    return shlex.join(["hesscope", *sys.argv[1:]])
+
+
+def _fail(message: str) -> int:
+    print(f"hesscope: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT
