@@ -231,9 +231,9 @@ PLANTED_BIAS = 0.03
 def check_unbiased(estimates, stderrs, exact):
     """DESIGN.md's rule for an estimator, from R independent replicates.
 
-    |z| < 4 against the exact value; the reported standard error (root mean square) within 25 % of the empirical one; and
-    R large enough that a bias of 3 % would have |z| = 7 on average, so that it fails this very test (|z| >= 4) in 999 of
-    1000 runs.
+    |z| < 4 against the exact value; the reported standard error (root mean square) within 25 % of the empirical one;
+    and R large enough that a bias of 3 % would have |z| = 7 on average, so that it fails this very test (|z| >= 4) in
+    999 of 1000 runs.
 
     Args:
         estimates, stderrs: [R, ...]; exact: [...], nowhere zero.
@@ -252,7 +252,9 @@ def check_stderr(estimates, stderrs):
     """The reported standard errors [R, ...] are within 25 % of the standard deviation of the estimates [R, ...]."""
     reported = np.sqrt(np.mean(np.square(stderrs), axis=0))
     ratio = reported / np.asarray(estimates).std(axis=0, ddof=1)
-    assert np.all((ratio > 0.75) & (ratio < 1.25)), f"reported / empirical standard error between {ratio.min()} and {ratio.max()}"
+    assert np.all((ratio > 0.75) & (ratio < 1.25)), (
+        f"reported / empirical standard error between {ratio.min()} and {ratio.max()}"
+    )
 
 
 # --- side effects -----------------------------------------------------------------------------------------------------

@@ -97,7 +97,9 @@ def test_progress_counts_every_product():
     assert seen[-1] == (600, 600)
     assert seen == sorted(set(seen))
     seen.clear()
-    hs.block_energies(M, partition, method="probes", probes=100, progress=lambda done, total: seen.append((done, total)))
+    hs.block_energies(
+        M, partition, method="probes", probes=100, progress=lambda done, total: seen.append((done, total))
+    )
     assert seen[-1] == (300, 300)
     assert len(seen) > 1
 
@@ -125,7 +127,12 @@ def test_auto_is_told_in_the_provenance():
     assert hs.block_energies(M, partition).provenance.engine == "block energies: exact; dense"
     assert hs.block_energies(M, partition).provenance.seed is None
     probed = hs.block_energies(M, partition, method="probes", seed=5).provenance
-    assert (probed.engine, probed.seed, probed.dtype, probed.device) == ("block energies: probes; dense", 5, "float64", "cpu")
+    assert (probed.engine, probed.seed, probed.dtype, probed.device) == (
+        "block energies: probes; dense",
+        5,
+        "float64",
+        "cpu",
+    )
 
 
 def test_provenance_names_the_engine_and_the_data(objective):
@@ -158,7 +165,9 @@ def test_a_partition_of_another_size():
 
 def test_samples_that_do_not_fit_in_memory(monkeypatch):
     monkeypatch.setattr("hesscope.core.memory.available_bytes", lambda device="cpu": 1024)
-    with pytest.raises(TooLargeError, match=r"100 samples of 3 x 3 blocks needs 14.1 KiB, but 1.0 KiB.* a coarser partition"):
+    with pytest.raises(
+        TooLargeError, match=r"100 samples of 3 x 3 blocks needs 14.1 KiB, but 1.0 KiB.* a coarser partition"
+    ):
         hs.block_energies(randn(9, 9, seed=1), scattered(9, 3), method="probes", probes=100)
 
 
@@ -205,7 +214,9 @@ def test_zero_matrices_have_no_ratio():
 
 def test_the_ratio_compares_blocks_of_one_size():
     E = record(np.ones((3, 3)), sizes=(4, 4, 5))
-    with pytest.raises(InputError, match=r"blocks of one shape, but the chosen blocks have sizes 4, 5; choose some with labels"):
+    with pytest.raises(
+        InputError, match=r"blocks of one shape, but the chosen blocks have sizes 4, 5; choose some with labels"
+    ):
         E.off_diagonal_ratio()
     assert E.off_diagonal_ratio(["a", "b"]) == 1.0
 
@@ -248,7 +259,9 @@ def test_energies_of_groups_are_those_of_the_coarser_partition(method):
     M, fine = randn(12, 12, seed=1), scattered(12, 4)
     E = hs.block_energies(M, fine, method=method)
     groups = {"x": ["b2", "b0"], "y": ["b1", "b3"]}
-    coarse = hs.Partition.from_blocks({key: np.concatenate([fine.indices(b) for b in group]) for key, group in groups.items()})
+    coarse = hs.Partition.from_blocks(
+        {key: np.concatenate([fine.indices(b) for b in group]) for key, group in groups.items()}
+    )
     found = E.aggregate(groups)
     assert found.labels == ("x", "y")
     assert found.sizes == coarse.sizes
@@ -256,7 +269,9 @@ def test_energies_of_groups_are_those_of_the_coarser_partition(method):
         assert relative_error(found.values, naive_energies(M, coarse)) < 1e-13
         assert np.all(found.stderr == 0)
     else:
-        by_hand = np.array([[E.samples[:, [[2], [0]], [2, 0]].sum((1, 2)), E.samples[:, [[2], [0]], [1, 3]].sum((1, 2))]])[0]
+        by_hand = np.array(
+            [[E.samples[:, [[2], [0]], [2, 0]].sum((1, 2)), E.samples[:, [[2], [0]], [1, 3]].sum((1, 2))]]
+        )[0]
         assert relative_error(found.values[0], by_hand.mean(axis=1)) < 1e-13
         assert relative_error(found.stderr[0], by_hand.std(axis=1, ddof=1) / np.sqrt(32)) < 1e-12
 

@@ -19,7 +19,7 @@ ASSIGNMENT = np.array([0, 1, 2, 1] * 9)
 
 
 def partition():
-    return hs.Partition.from_blocks({f"b{i}": np.flatnonzero(ASSIGNMENT == i) for i in range(BLOCKS)})
+    return hs.Partition.from_blocks({f"b{i}": np.flatnonzero(i == ASSIGNMENT) for i in range(BLOCKS)})
 
 
 def equal_partition():
@@ -88,7 +88,7 @@ def test_energies_are_unbiased_and_standard_errors_honest(name):
 @pytest.mark.parametrize("name", ["decaying", "low_rank"])
 def test_the_same_where_few_directions_dominate(name):
     """Their single samples vary more, so that more probes are needed to see a bias of 3 %."""
-    r = replicates(name, 400, probes=256)
+    r = replicates(name, 250, probes=256)
     check_unbiased(r.of(lambda E: E.values), r.of(lambda E: E.stderr), r.exact.values)
 
 
@@ -110,7 +110,7 @@ def test_intervals_cover_the_exact_energies(name):
 def test_intervals_widen_with_the_level():
     E = replicates("symmetric", 500).probed[0]
     narrow, wide = E.confidence_interval(0.5), E.confidence_interval(0.99)
-    assert np.all((0 < wide.lower) & (wide.lower < narrow.lower) & (narrow.lower < E.values))
+    assert np.all((wide.lower > 0) & (wide.lower < narrow.lower) & (narrow.lower < E.values))
     assert np.all((E.values < narrow.upper) & (narrow.upper < wide.upper))
 
 
@@ -133,7 +133,9 @@ def test_standard_error_of_diagonality(name):
 def test_standard_error_of_the_off_diagonal_ratio(name, labels):
     r = replicates(name, 500, cells=equal_partition)
     check_stderr(r.of(lambda E: E.off_diagonal_ratio(labels)), r.of(lambda E: E.off_diagonal_ratio_stderr(labels)))
-    assert np.mean(r.of(lambda E: E.off_diagonal_ratio(labels))) == pytest.approx(r.exact.off_diagonal_ratio(labels), rel=0.03)
+    assert np.mean(r.of(lambda E: E.off_diagonal_ratio(labels))) == pytest.approx(
+        r.exact.off_diagonal_ratio(labels), rel=0.03
+    )
 
 
 def test_standard_errors_of_groups():
@@ -195,9 +197,12 @@ def test_more_probes_begin_with_the_same_ones():
 def test_operator_and_dense_matrix_see_the_same_probes():
     obj = hs.Objective(build("tanh"), "cross_entropy", cut(inputs_for("tanh", 12), randint(3, 12, seed=2)))
     H, p = hs.Hessian(obj), hs.Partition.by_layer(obj.model)
-    assert relative_error(
-        hs.block_energies(H, p, "probes", seed=1).samples, hs.block_energies(H.dense(), p, "probes", seed=1).samples
-    ) < 1e-12
+    assert (
+        relative_error(
+            hs.block_energies(H, p, "probes", seed=1).samples, hs.block_energies(H.dense(), p, "probes", seed=1).samples
+        )
+        < 1e-12
+    )
 
 
 # --- two matrices and their difference --------------------------------------------------------------------------------

@@ -75,7 +75,11 @@ DATA = {
     "all ignored": ((X, torch.full_like(Y, -100)), DataError, "data has no loss terms"),
     "iterator": (iter(BATCHES), InputError, "an iterator that can be read only once; pass list"),
     "generator": (generator(), InputError, "an iterator that can be read only once"),
-    "list of tensors": ([X, Y], InputError, r"entry 0 is a Tensor; one batch of inputs and targets is a tuple \(x, y\)"),
+    "list of tensors": (
+        [X, Y],
+        InputError,
+        r"entry 0 is a Tensor; one batch of inputs and targets is a tuple \(x, y\)",
+    ),
     "batch of text": ([BATCHES[0], "xy"], InputError, "entry 1 is a str"),
     "tensor": (X, InputError, r"data must be \(x, y\) tensors, a list of batches or a DataLoader, got Tensor"),
     "number": (3, InputError, "got int"),
@@ -85,9 +89,21 @@ DATA = {
     "dict without targets": ({"input": X, "z": Y}, DataError, "one of the keys labels, .* its keys are input, z"),
     "dict with two targets": ({"input": X, "y": Y, "labels": Y}, DataError, "its keys are input, y, labels"),
     "targets no tensor": ((X, Y.tolist()), DataError, "the targets of batch 0 must be a tensor, got list"),
-    "labels of wrong length": (with_batch(1, y=lambda y: y[:2]), DataError, r"batch 1: class labels must have shape \(4,\)"),
-    "labels as column": ((X, Y[:, None]), DataError, r"must have shape \(12,\) to fit logits of shape \(12, 3\), got \(12, 1\)"),
-    "labels as floats": ((X, Y.double()), DataError, r"must be integer class labels of shape \(12,\) or probabilities of"),
+    "labels of wrong length": (
+        with_batch(1, y=lambda y: y[:2]),
+        DataError,
+        r"batch 1: class labels must have shape \(4,\)",
+    ),
+    "labels as column": (
+        (X, Y[:, None]),
+        DataError,
+        r"must have shape \(12,\) to fit logits of shape \(12, 3\), got \(12, 1\)",
+    ),
+    "labels as floats": (
+        (X, Y.double()),
+        DataError,
+        r"must be integer class labels of shape \(12,\) or probabilities of",
+    ),
     "inputs of wrong width": (with_batch(4, x=lambda x: x[:, :2]), ModelError, "failed on batch 4: mat1 and mat2"),
     "inputs of wrong dtype": ((X.float(), Y), ModelError, "the model or its loss failed on batch 0: .*dtype"),
     "other data": (Changing(2), DataError, "different data on a second pass, first in batch 2; use shuffle=False"),
@@ -110,13 +126,29 @@ def test_a_shuffling_loader():
 
 
 LOSSES = {
-    "unknown name": ("crossentropy", InputError, "loss must be one of 'cross_entropy', 'mse', got 'crossentropy', did you mean 'cross_e"),
+    "unknown name": (
+        "crossentropy",
+        InputError,
+        "loss must be one of 'cross_entropy', 'mse', got 'crossentropy', did you mean 'cross_e",
+    ),
     "far name": ("zzz", InputError, "got 'zzz'$"),
     "number": (3, InputError, "loss must be 'cross_entropy', 'mse', a torch loss module or a callable.*, got int"),
-    "unknown module": (nn.KLDivLoss(reduction="sum"), InputError, "loss module KLDivLoss is not known to be a mean over samples"),
+    "unknown module": (
+        nn.KLDivLoss(reduction="sum"),
+        InputError,
+        "loss module KLDivLoss is not known to be a mean over samples",
+    ),
     "module that is no loss": (nn.ReLU(), InputError, "ReLU is not known to be a mean over samples; pass a callable"),
-    "no reduction": (nn.CrossEntropyLoss(reduction="none"), InputError, "must have reduction 'mean' or 'sum', got 'none'"),
-    "labels for mse": ("mse", DataError, r"batch 0: MSELoss compares .* \(12, 3\) and the targets \(12,\); class labels must be one-hot"),
+    "no reduction": (
+        nn.CrossEntropyLoss(reduction="none"),
+        InputError,
+        "must have reduction 'mean' or 'sum', got 'none'",
+    ),
+    "labels for mse": (
+        "mse",
+        DataError,
+        r"batch 0: MSELoss compares .* \(12, 3\) and the targets \(12,\); class labels must be one-hot",
+    ),
 }
 
 
@@ -130,12 +162,14 @@ def test_bad_losses(name):
 def test_mse_does_not_broadcast():
     batches = cut(X, Z)
     batches[2] = (batches[2][0], batches[2][1][:, :1])
-    with pytest.raises(DataError, match=r"batch 2: MSELoss compares entry by entry, but .* \(2, 3\) and the targets \(2, 1\)$"):
+    with pytest.raises(
+        DataError, match=r"batch 2: MSELoss compares entry by entry, but .* \(2, 3\) and the targets \(2, 1\)$"
+    ):
         hs.Objective(model(), "mse", batches)
 
 
 def test_nll_takes_no_probabilities():
-    with pytest.raises(DataError, match="targets must be integer class labels"):
+    with pytest.raises(DataError, match=r"targets must be integer class labels"):
         hs.Objective(model(), nn.NLLLoss(), (X, Z.softmax(dim=1)))
 
 
@@ -144,7 +178,11 @@ def summed(model, batch):
 
 
 RETURNS = {
-    "no tuple": (lambda m, b: summed(m, b), InputError, r"must return \(sum of the loss terms, number of terms\), got Tensor"),
+    "no tuple": (
+        lambda m, b: summed(m, b),
+        InputError,
+        r"must return \(sum of the loss terms, number of terms\), got Tensor",
+    ),
     "three": (lambda m, b: (summed(m, b), 1, 2), InputError, "got tuple of length 3"),
     "no tensor": (lambda m, b: (summed(m, b).item(), 4), InputError, "the loss sum must be a tensor.* got float"),
     "vector": (lambda m, b: (m(b[0]).sum(dim=1), 4), DataError, r"must be a scalar.*; got a tensor of shape \(12,\)"),
@@ -200,18 +238,18 @@ def test_bad_models(name):
 
 
 def test_a_random_loss_callable():
-    with pytest.raises(ModelError, match="random in eval mode"):
+    with pytest.raises(ModelError, match=r"random in eval mode"):
         hs.Objective(model(), lambda m, batch: (summed(m, batch) * torch.rand(()), N), (X, Y))
 
 
 def test_no_trainable_parameter():
     for nothing in (model().requires_grad_(False), nn.ReLU()):
-        with pytest.raises(ModelError, match="has no trainable parameter"):
+        with pytest.raises(ModelError, match=r"has no trainable parameter"):
             hs.Objective(nothing, "cross_entropy", (X, Y))
 
 
 def test_no_module():
-    with pytest.raises(InputError, match="model must be a torch.nn.Module, got function"):
+    with pytest.raises(InputError, match=r"model must be a torch.nn.Module, got function"):
         hs.Objective(lambda x: x, "cross_entropy", (X, Y))
 
 

@@ -21,7 +21,12 @@ class Untidy(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.norm, self.drop, self.last = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)
+        self.first, self.norm, self.drop, self.last = (
+            nn.Linear(4, 5),
+            nn.BatchNorm1d(5),
+            nn.Dropout(0.5),
+            nn.Linear(5, 3),
+        )
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("history", torch.zeros(2))
         self.failing = False

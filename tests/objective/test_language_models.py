@@ -88,7 +88,9 @@ def test_other_models_have_labels_in_place(model):
     ids, labels = tokens(seed=2)
     obj = hs.Objective(model, "cross_entropy", batches(ids, labels))
     assert obj.num_terms == int((labels != -100).sum())
-    assert obj.value() == pytest.approx(float(by_hand(model, flat_parameters(model), ids, labels, shift=False)), rel=1e-13)
+    assert obj.value() == pytest.approx(
+        float(by_hand(model, flat_parameters(model), ids, labels, shift=False)), rel=1e-13
+    )
 
 
 class Classifier(nn.Module):

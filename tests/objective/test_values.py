@@ -7,7 +7,19 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import hesscope as hs
-from tests.helpers import CUT, F64, IGNORED, build, call_flat, cut, flat_parameters, inputs_for, randint, randn, relative_error
+from tests.helpers import (
+    CUT,
+    F64,
+    IGNORED,
+    build,
+    call_flat,
+    cut,
+    flat_parameters,
+    inputs_for,
+    randint,
+    randn,
+    relative_error,
+)
 
 N, C = 12, 3
 X, LABELS = inputs_for("gelu, bias", N), randint(C, N, seed=2)
@@ -144,7 +156,9 @@ def test_works_where_gradients_are_switched_off(mode):
 def test_loss_callable():
     def weighted(model, batch):
         x, y = batch
-        return (functional.cross_entropy(model(x), y, reduction="none") * x[:, 0].abs()).sum(), float(x[:, 0].abs().sum())
+        return (functional.cross_entropy(model(x), y, reduction="none") * x[:, 0].abs()).sum(), float(
+            x[:, 0].abs().sum()
+        )
 
     model = build("gelu, bias")
     theta = flat_parameters(model).requires_grad_()
@@ -158,7 +172,9 @@ def test_loss_callable():
 
 def test_loss_callable_sees_the_batch_as_it_came():
     def of_dict(model, batch):
-        return functional.cross_entropy(model(batch["features"]), batch["anything"], reduction="sum"), len(batch["anything"])
+        return functional.cross_entropy(model(batch["features"]), batch["anything"], reduction="sum"), len(
+            batch["anything"]
+        )
 
     model = NamedInputs(build("gelu, bias"))
     obj = hs.Objective(model, of_dict, [{"features": x, "anything": y} for x, y in cut(X, LABELS)])
@@ -186,4 +202,6 @@ def test_token_logits_have_classes_on_the_last_axis():
     model, x, labels = nn.Linear(4, C).double(), randn(4, 5, 4, seed=6), randint(C, 4, 5, seed=7)
     obj = hs.Objective(model, "cross_entropy", [(x[:1], labels[:1]), (x[1:], labels[1:])])
     assert obj.num_terms == 20
-    assert obj.value() == pytest.approx(float(functional.cross_entropy(model(x).flatten(0, 1), labels.flatten())), rel=1e-13)
+    assert obj.value() == pytest.approx(
+        float(functional.cross_entropy(model(x).flatten(0, 1), labels.flatten())), rel=1e-13
+    )

@@ -18,13 +18,13 @@ def objective():
     return hs.Objective(build("tanh"), "cross_entropy", cut(inputs_for("tanh", N), randint(3, N, seed=2)))
 
 
-@pytest.fixture(scope="module")
-def H(objective):
+@pytest.fixture(scope="module", name="H")
+def hessian(objective):
     return hs.Hessian(objective)
 
 
-@pytest.fixture(scope="module")
-def G(objective):
+@pytest.fixture(scope="module", name="G")
+def gauss_newton(objective):
     return hs.GaussNewton(objective)
 
 
@@ -109,7 +109,10 @@ REFUSED_COMBINATIONS = {
     "number": (lambda H: H + 1, "operators combine with operators, got int"),
     "tensor": (lambda H: H - H.dense(), "operators combine with operators, got Tensor"),
     "shape": (lambda H: H + hs.as_operator(torch.eye(3, dtype=F64)), "must share one shape"),
-    "dtype": (lambda H: H + hs.as_operator(torch.eye(H.shape[0])), "must share one dtype, found torch.float32, torch.fl"),
+    "dtype": (
+        lambda H: H + hs.as_operator(torch.eye(H.shape[0])),
+        "must share one dtype, found torch.float32, torch.fl",
+    ),
     "times text": (lambda H: H * "2", "can be multiplied by a number, got str"),
     "times operator": (lambda H: H * H, "can be multiplied by a number, got Hessian; use @ for products"),
 }
@@ -144,7 +147,9 @@ def test_refuses_right_hand_sides_that_do_not_fit(H, size, name):
 def test_too_large_a_dense_matrix_is_refused_before_any_work(H, size, monkeypatch):
     monkeypatch.setattr("hesscope.core.memory.available_bytes", lambda device="cpu": 2048)
     monkeypatch.setattr(type(H), "products", lambda self, V: pytest.fail("work was done"))
-    with pytest.raises(TooLargeError, match=rf"the dense {size} x {size} matrix needs .* KiB, but 2.0 KiB are available; use"):
+    with pytest.raises(
+        TooLargeError, match=rf"the dense {size} x {size} matrix needs .* KiB, but 2.0 KiB are available; use"
+    ):
         H.dense()
 
 

@@ -8,7 +8,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscope as hs
 from hesscope.core.errors import InputError, NoSecondDerivativeError
-from tests.helpers import F64, inputs_for, randint, randn, randomized, reference_gauss_newton, reference_hessian, relative_error
+from tests.helpers import (
+    F64,
+    inputs_for,
+    randint,
+    randn,
+    randomized,
+    reference_gauss_newton,
+    reference_hessian,
+    relative_error,
+)
 
 N = 12
 X, Y = randn(N, 4, seed=1), randint(3, N, seed=2)
@@ -167,7 +176,7 @@ def test_an_operation_without_second_derivative_is_refused(matrix, columns):
     """Never a silent zero: the layers below such an operation would otherwise seem to have no curvature."""
     obj = hs.Objective(randomized(WithFunction(OnceSquare.apply)), "cross_entropy", (X, Y))
     V = torch.ones(obj.parameters.size, columns, dtype=F64)
-    with pytest.raises(NoSecondDerivativeError, match="needs second derivatives, but .*once_differentiable has none"):
+    with pytest.raises(NoSecondDerivativeError, match=r"needs second derivatives, but .*once_differentiable has none"):
         matrix(obj) @ V
 
 
@@ -192,8 +201,10 @@ class FlashOnly(nn.Module):
 
 
 def test_a_fused_kernel_is_named():
-    obj = hs.Objective(randomized(FlashOnly()), "cross_entropy", (inputs_for("fused attention", N), randint(12, N, seed=5)))
-    with pytest.raises(NoSecondDerivativeError, match="_scaled_dot_product_flash_attention.*has none; replace"):
+    obj = hs.Objective(
+        randomized(FlashOnly()), "cross_entropy", (inputs_for("fused attention", N), randint(12, N, seed=5))
+    )
+    with pytest.raises(NoSecondDerivativeError, match=r"_scaled_dot_product_flash_attention.*has none; replace"):
         hs.Hessian(obj) @ torch.ones(obj.parameters.size, dtype=F64)
 
 
@@ -208,7 +219,7 @@ def test_other_failures_keep_their_own_message():
             return super().forward(x)
 
     obj = hs.Objective(randomized(Fragile(4, 3)), "cross_entropy", (X, Y))
-    with pytest.raises(RuntimeError, match="out of luck"):
+    with pytest.raises(RuntimeError, match=r"out of luck"):
         hs.Hessian(obj) @ torch.ones(15, dtype=F64)
 
 
@@ -220,5 +231,7 @@ def test_a_loss_callable_has_a_hessian_but_no_gauss_newton_matrix():
 
     obj = hs.Objective(model, summed, [(X[:5], Y[:5]), (X[5:], Y[5:])])
     assert relative_error(hs.Hessian(obj).dense(), reference_hessian(model, CE, X, Y)) < 1e-10
-    with pytest.raises(InputError, match="the Gauss-Newton matrix needs the loss as a function of the model's outputs"):
+    with pytest.raises(
+        InputError, match=r"the Gauss-Newton matrix needs the loss as a function of the model's outputs"
+    ):
         hs.GaussNewton(obj)

@@ -44,7 +44,11 @@ FORMS = {
         True,
         [6, 8],
     ),
-    "mixed": ({"a": [("0.weight", 0), range(6, 9), np.array([14])], "b": [range(2, 6), range(9, 14)]}, True, [0, 1, 6, 7, 8, 14]),
+    "mixed": (
+        {"a": [("0.weight", 0), range(6, 9), np.array([14])], "b": [range(2, 6), range(9, 14)]},
+        True,
+        [0, 1, 6, 7, 8, 14],
+    ),
     "positions, with a model": ({"a": range(4), "b": range(4, P)}, True, np.arange(4)),
 }
 
@@ -66,7 +70,12 @@ def test_labels_of_another_type_become_text():
 
 
 MISTAKES = {
-    "overlap": ({"a": range(4), "b": range(3, P)}, False, PartitionError, "blocks overlap: parameter 3 is in 'a' and in 'b'"),
+    "overlap": (
+        {"a": range(4), "b": range(3, P)},
+        False,
+        PartitionError,
+        "blocks overlap: parameter 3 is in 'a' and in 'b'",
+    ),
     "overlap of names": (
         {"a": ["0.weight", "0.bias"], "b": [("0.bias", slice(1, 3)), "1.weight"]},
         True,
@@ -74,7 +83,12 @@ MISTAKES = {
         "parameter 0.bias[1] (flat) is in 'a' and in 'b'",
     ),
     "twice in one block": ({"a": [0, 1, 1]}, False, PartitionError, "block 'a' names a parameter twice"),
-    "name twice in one block": ({"a": ["0.weight", "0.weight"], "b": ["0.bias", "1.weight"]}, True, PartitionError, "'a' names a"),
+    "name twice in one block": (
+        {"a": ["0.weight", "0.weight"], "b": ["0.bias", "1.weight"]},
+        True,
+        PartitionError,
+        "'a' names a",
+    ),
     "gap": ({"a": [0, 1], "b": [4]}, False, PartitionError, "the blocks miss 2 of 5 parameters, the first being 2"),
     "missing names": (
         {"a": "0.weight", "b": ("1.weight", 0)},
@@ -90,12 +104,27 @@ MISTAKES = {
     "no dict": ([[0], [1]], False, InputError, "needs a non-empty dict"),
     "negative": ({"a": [0, -1]}, False, PartitionError, "block 'a' has positions outside [0,"),
     "beyond the model": ({"a": range(P + 1)}, True, PartitionError, "block 'a' has positions outside [0, 15)"),
-    "floats": ({"a": [0.0, 1.0]}, False, InputError, "block 'a' must be positions in the flat vector, a parameter name"),
+    "floats": (
+        {"a": [0.0, 1.0]},
+        False,
+        InputError,
+        "block 'a' must be positions in the flat vector, a parameter name",
+    ),
     "matrix of positions": ({"a": np.zeros((2, 2), dtype=int)}, False, InputError, "block 'a' must be positions"),
     "a number": ({"a": 3}, False, InputError, "block 'a' must be positions in the flat vector"),
     "none": ({"a": None}, False, InputError, "got NoneType"),
-    "name without a model": ({"a": "0.weight"}, False, InputError, "block 'a' names the parameter '0.weight': pass model="),
-    "unknown name": ({"a": "0.weigth"}, True, InputError, "no trainable parameter is named '0.weigth', did you mean '0.weight'?"),
+    "name without a model": (
+        {"a": "0.weight"},
+        False,
+        InputError,
+        "block 'a' names the parameter '0.weight': pass model=",
+    ),
+    "unknown name": (
+        {"a": "0.weigth"},
+        True,
+        InputError,
+        "no trainable parameter is named '0.weigth', did you mean '0.weight'?",
+    ),
     "index out of range": ({"a": ("0.bias", 3)}, True, InputError, "in 0.bias of shape (3,)"),
     "too many indices": ({"a": ("0.bias", (0, 0))}, True, InputError, "in 0.bias of shape (3,)"),
     "mask of wrong length": ({"a": np.ones(4, dtype=bool), "b": range(4, P)}, True, InputError, "mask"),
@@ -110,13 +139,13 @@ def test_mistakes(name):
 
 
 def test_the_model_fixes_the_number_of_parameters():
-    with pytest.raises(PartitionError, match="miss 1 of 15 parameters, the first being 1.weight"):
+    with pytest.raises(PartitionError, match=r"miss 1 of 15 parameters, the first being 1.weight"):
         hs.Partition.from_blocks({"a": range(P - 1)}, model=model())
 
 
 def test_a_partition_cannot_be_changed():
     p = hs.Partition.by_tensor(model())
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(ValueError, match=r"read-only"):
         p.assignment[0] = 1
     with pytest.raises(AttributeError):
         p.labels = ()
@@ -131,7 +160,7 @@ def test_unknown_block_with_the_nearest_that_exists():
 def test_a_partition_must_fit_the_matrix():
     p = hs.Partition.by_tensor(model())
     p.require_fits(P)
-    with pytest.raises(PartitionError, match="the partition covers 15 parameters, but the operator has 16"):
+    with pytest.raises(PartitionError, match=r"the partition covers 15 parameters, but the operator has 16"):
         p.require_fits(P + 1)
 
 

@@ -159,7 +159,7 @@ def _checked(result: Any) -> SumAndTerms:
         raise DataError(
             f"the loss must be a scalar, the sum of the batch's loss terms; got a tensor of shape {tuple(total.shape)}"
         )
-    number = float(terms)
+    number = float(terms.detach() if isinstance(terms, Tensor) else terms)
     if not 0 <= number < float("inf"):
         raise InputError(f"the number of loss terms must be finite and not negative, got {number}")
     return SumAndTerms(total.reshape(()), number)

@@ -170,7 +170,7 @@ class Objective:
                 with torch.autograd.graph.saved_tensors_hooks(saved.count, lambda tensor: tensor):
                     result, outputs = self._first_evaluation(leaves, batch, index)
                 if not bool(torch.isfinite(result.sum)):
-                    raise DataError(f"the loss is {float(result.sum)} on batch {index}; it must be finite")
+                    raise DataError(f"the loss is {result.sum.item()} on batch {index}; it must be finite")
                 if index == 0:
                     self._require_repeatable(leaves, batch, result.sum, outputs)
                 used |= _used_names(result.sum, leaves)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hesscope.objective.losses import output_gradient
 from hesscope.objective.objective import Objective, require_output_loss
 from hesscope.operators.operator import Operator
-from hesscope.operators.second_derivatives import explained, pull_back
+from hesscope.operators.second_derivatives import explained, pull_back, require_twice_differentiable
 
 # Memory that one vectorized pass should take; beyond it columns are done in several passes. On a CPU the passes that
 # stay near the caches are the fast ones (a one-hidden-layer network on the digits: 16 columns take 0.8 s for the dense
@@ -64,6 +64,8 @@ class Hessian(_Curvature):
         if not loss_sum.requires_grad:
             return
         (gradient,) = torch.autograd.grad(loss_sum, theta, create_graph=True)
+        if index == 0:
+            require_twice_differentiable(loss_sum, gradient, "the Hessian")
         for rows, chunk in zip(torch.split(total, self.columns_per_pass), chunks, strict=True):
             rows += pull_back(gradient, theta, chunk)
 
@@ -90,6 +92,8 @@ class GaussNewton(_Curvature):
         leaf, loss_gradient = output_gradient(self._loss, outputs, targets)
         u = torch.zeros_like(outputs, requires_grad=True)
         (transposed,) = torch.autograd.grad(outputs, theta, u, create_graph=True)
+        if index == 0:
+            require_twice_differentiable(outputs, transposed, "the Gauss-Newton matrix's double backward")
         for rows, chunk in zip(torch.split(total, self.columns_per_pass), chunks, strict=True):
             pushed = pull_back(transposed, u, chunk)
             curved = pull_back(loss_gradient, leaf, pushed)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesscope.core.errors import NoSecondDerivativeError
 
-# Autograd names the operation it cannot differentiate; both forms are torch's.
+# Autograd names the operation it cannot differentiate.
 NOT_IMPLEMENTED = re.compile(r"derivative for '?([\w:]+)'? is not implemented")
-ONCE_ONLY = "once_differentiable"
 
 # Failures of a vectorized backward pass that a plain loop does not have.
 VMAP_FAILURE = re.compile(r"vmap|functorch|batching rule|BatchedTensor|is_grads_batched", re.IGNORECASE)
@@ -25,15 +25,40 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
-        text = str(error)
-        found = NOT_IMPLEMENTED.search(text)
-        if found is None and ONCE_ONLY not in text:
+        found = NOT_IMPLEMENTED.search(str(error))
+        if found is None:
             raise
-        operation = found.group(1) if found else "a custom autograd.Function marked once_differentiable"
-        raise NoSecondDerivativeError(
-            f"{what} needs second derivatives, but {operation} has none; replace that operation by one made of "
-            "differentiable PyTorch operations (for attention, e.g. attn_implementation='eager')"
-        ) from error
+        raise _no_second_derivative(what, found.group(1)) from error
+
+
+def require_twice_differentiable(loss_sum: Tensor, gradient: Tensor, what: str) -> None:
+    """Raise NoSecondDerivativeError if a custom function in the loss was marked `once_differentiable`.
+
+    PyTorch hangs the error on a branch that `autograd.grad(gradient, theta)` never visits: without this look at the
+    graph the function's second derivative would silently count as zero.
+    """
+    if any(node.name() == "torch::autograd::Error" for node in _graph(gradient)):
+        functions = (getattr(type(node), "_forward_cls", None) for node in _graph(loss_sum))
+        names = sorted({f.__name__ for f in functions if f is not None and hasattr(f.backward, "__wrapped__")})
+        raise _no_second_derivative(what, f"{', '.join(names) or 'a custom function'} (marked once_differentiable)")
+
+
+def _no_second_derivative(what: str, operation: str) -> NoSecondDerivativeError:
+    return NoSecondDerivativeError(
+        f"{what} needs second derivatives, but {operation} has none; replace that operation by one made of "
+        "differentiable PyTorch operations (for attention, e.g. attn_implementation='eager')"
+    )
+
+
+def _graph(tensor: Tensor) -> Iterator[Any]:
+    """Every node of the autograd graph behind a tensor, once."""
+    waiting, seen = [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+            yield node
 
 
 def pull_back(output: Tensor, source: Tensor, cotangents: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ def picture(folder: Path, name: str, fig: Figure, alt: str) -> Picture:
     target = folder / "figures"
     target.mkdir(parents=True, exist_ok=True)
     with styled():
+        fig.draw_without_rendering()  # lays the figure out once, for both formats
+        fig.set_layout_engine("none")
         contents = {}
         for ending in ("png", "pdf"):
             content = io.BytesIO()

@@ -65,9 +65,10 @@ def _headline(energies: SplitEnergies, attributes: Any) -> str:
     if not np.isfinite(share):
         return "The Hessian is zero: the loss is linear in the parameters."
     spread = "" if error == 0 else f" (± {number(100 * error, 1)} points, one standard error)"
+    scheme = attributes["partition"]
+    cut = f"In the partition {scheme}" if ":" in scheme else f"With one block per {scheme}"
     return (
-        f"Cut by {attributes['partition']}, {percent(share)}{spread} of the Hessian’s energy lies in its "
-        f"{len(hessian.labels):,} diagonal blocks."
+        f"{cut}, {percent(share)}{spread} of the Hessian’s energy lies in its {len(hessian.labels):,} diagonal blocks."
     )
 
 

@@ -1,0 +1,102 @@
+"""The demo's page as a reader sees it: opened in headless Chromium, every section visible, every picture decoded."""
+
+import json
+import re
+import shutil
+import subprocess
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from hesscope.report import figures, style
+from hesscope.report.demo_page import write_demo_page
+from hesscope.study.demo import DemoSettings, demo_results, run_demo
+
+SECTIONS = ("training", "hessian", "energies", "ratios", "groups", "eigenvalues", "provenance")
+# Appended to a copy of the page: what the browser made of it, as JSON in the document.
+PROBE = """<script>
+const seen = [...document.querySelectorAll("section")].map(s => [s.id, s.getBoundingClientRect().height]);
+const pictures = [...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width]);
+const overflow = document.documentElement.scrollWidth - window.innerWidth;
+document.body.innerHTML = "<pre id=probe>" + JSON.stringify({seen, pictures, overflow,
+    title: document.querySelector("h1").innerText}) + "</pre>";
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    settings = DemoSettings(width=4, epochs=4)
+    run_demo(folder, settings, lambda title, share: None)
+    return write_demo_page(folder, demo_results(folder, settings), "hesscope demo")
+
+
+def test_the_page_in_a_browser(page, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("Chromium is not installed (apt-get install chromium)")
+    copy = tmp_path / "page.html"
+    copy.write_text(page.read_text().replace("</main>", "</main>" + PROBE))
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run --disable-sync"
+    command = [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,900"]
+    dom = subprocess.run([*command, "--dump-dom", f"file://{copy}"], capture_output=True, text=True, timeout=60).stdout
+    found = re.search(r'<pre id="probe">(.*?)</pre>', dom, re.DOTALL)
+    assert found, dom[-500:]
+    seen = json.loads(found.group(1).replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&"))
+    assert [name for name, _ in seen["seen"]] == list(SECTIONS)
+    assert all(height > 100 for _, height in seen["seen"])
+    assert len(seen["pictures"]) == 5
+    assert all(complete and natural > 500 and shown > 500 for complete, natural, shown in seen["pictures"])
+    assert seen["overflow"] <= 0
+    assert "block-diagonal to 1 part in" in seen["title"]
+
+
+def test_the_page_is_self_contained(page):
+    text = page.read_text()
+    assert not re.search(r'(?:src|href)="(?!data:)', text)
+    assert "http-equiv" not in text
+
+
+def test_figures_are_saved_as_png_and_pdf(page):
+    names = {path.name for path in (page.parent / "figures").iterdir()}
+    assert names == {
+        f"{name}.{ending}"
+        for name in ("training", "hessian", "energies", "groups", "eigenvalues")
+        for ending in ("png", "pdf")
+    }
+
+
+def test_the_page_states_the_numbers_of_the_results(page):
+    results = demo_results(page.parent, DemoSettings(width=4, epochs=4))
+    hessian = results["cross_entropy-final"]["hessian"].to_numpy().astype(np.float64)
+    edges = [0, *np.cumsum(results["cross_entropy-final"]["block_size"].to_numpy())]
+    blocks = [hessian[a:b, a:b] for a, b in pairwise(edges)]
+    share = sum((block**2).sum() for block in blocks) / (hessian**2).sum()
+    assert style.percent(share) in page.read_text()
+
+
+def test_pooling_keeps_the_energy():
+    matrix = np.random.default_rng(0).standard_normal((1300, 1300))
+    pooled = figures.pooled(np.abs(matrix))
+    assert pooled.shape == (434, 434)
+    np.testing.assert_allclose((pooled[:433, :433] ** 2).sum() * 9, (matrix[:1299, :1299] ** 2).sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.034123, "0.0341"), (1234.5, "1,234"), (3.4e-7, "3.40e-07"), (12, "12.0")]
+)
+def test_numbers(value, text):
+    assert style.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.5, "50.0 %"), (1.0, "100.0 %"), (0.99996, "99.9960 %"), (2e-5, "0.002 %"), (0.0, "0.0 %")]
+)
+def test_percentages(share, text):
+    assert style.percent(share) == text
+
+
+def test_ratios_in_words():
+    assert style.one_part_in(0.0) == "exact"
+    assert style.one_part_in(0.04) == "1 part in 25"
