@@ -76,7 +76,7 @@ def test_a_causal_model_predicts_the_next_token(length):
     theta = flat_parameters(model).requires_grad_()
     truth = by_hand(model, theta, ids, labels, shift=True)
     assert obj.num_terms == int((labels[:, 1:] != -100).sum())
-    assert obj.value() == pytest.approx(float(truth), rel=1e-13)
+    assert obj.value() == pytest.approx(truth.item(), rel=1e-13)
     assert relative_error(obj.gradient(), torch.autograd.grad(truth, theta)[0]) < 1e-12
     H = torch.autograd.functional.hessian(lambda t: by_hand(model, t, ids, labels, shift=True), theta.detach())
     assert relative_error(hs.Hessian(obj).dense(), H) < 1e-10
@@ -109,4 +109,4 @@ def test_logits_in_a_dict():
     ids, y = randint(VOCABULARY, N, T, seed=3), randint(3, N, seed=4)
     obj = hs.Objective(model, "cross_entropy", {"input_ids": ids, "label": y})
     truth = functional.cross_entropy(call_flat(model, flat_parameters(model), ids)["logits"], y)
-    assert obj.value() == pytest.approx(float(truth), rel=1e-13)
+    assert obj.value() == pytest.approx(truth.item(), rel=1e-13)

@@ -31,7 +31,7 @@ def reference(model, criterion, y):
     """Value and gradient of the criterion on all samples at once."""
     theta = flat_parameters(model).requires_grad_()
     loss = criterion(call_flat(model, theta, X), y)
-    return float(loss), torch.autograd.grad(loss, theta)[0]
+    return loss.item(), torch.autograd.grad(loss, theta)[0]
 
 
 # loss argument, PyTorch's criterion, targets, number of terms
@@ -166,7 +166,7 @@ def test_loss_callable():
     truth = (terms * X[:, 0].abs()).sum() / X[:, 0].abs().sum()
     obj = hs.Objective(model, weighted, cut(X, LABELS))
     assert obj.num_terms == pytest.approx(float(X[:, 0].abs().sum()))
-    assert obj.value() == pytest.approx(float(truth), rel=1e-13)
+    assert obj.value() == pytest.approx(truth.item(), rel=1e-13)
     assert relative_error(obj.gradient(), torch.autograd.grad(truth, theta)[0]) < 1e-12
 
 
@@ -191,7 +191,7 @@ def test_dense_prediction_has_classes_on_axis_1():
     labels[0, 0, :2] = -100
     obj = hs.Objective(model, "cross_entropy", [(images[:1], labels[:1]), (images[1:], labels[1:])])
     assert obj.num_terms == 4 * 15 - 2
-    assert obj.value() == pytest.approx(float(functional.cross_entropy(model(images), labels)), rel=1e-13)
+    assert obj.value() == pytest.approx(functional.cross_entropy(model(images), labels).item(), rel=1e-13)
 
 
 def build_pixelwise():
@@ -203,5 +203,5 @@ def test_token_logits_have_classes_on_the_last_axis():
     obj = hs.Objective(model, "cross_entropy", [(x[:1], labels[:1]), (x[1:], labels[1:])])
     assert obj.num_terms == 20
     assert obj.value() == pytest.approx(
-        float(functional.cross_entropy(model(x).flatten(0, 1), labels.flatten())), rel=1e-13
+        functional.cross_entropy(model(x).flatten(0, 1), labels.flatten()).item(), rel=1e-13
     )

@@ -176,8 +176,18 @@ def test_an_operation_without_second_derivative_is_refused(matrix, columns):
     """Never a silent zero: the layers below such an operation would otherwise seem to have no curvature."""
     obj = hs.Objective(randomized(WithFunction(OnceSquare.apply)), "cross_entropy", (X, Y))
     V = torch.ones(obj.parameters.size, columns, dtype=F64)
-    with pytest.raises(NoSecondDerivativeError, match=r"needs second derivatives, but .*once_differentiable has none"):
+    with pytest.raises(
+        NoSecondDerivativeError, match=r"second derivatives, but OnceSquare .*once_differentiable.* has none"
+    ):
         matrix(obj) @ V
+
+
+@pytest.mark.parametrize("matrix", [hs.Hessian, hs.GaussNewton])
+def test_it_is_refused_in_whichever_batch_it_runs(matrix):
+    model = randomized(WithFunction(lambda h: OnceSquare.apply(h) if len(h) < 6 else h**2))
+    obj = hs.Objective(model, "cross_entropy", [(X[:8], Y[:8]), (X[8:], Y[8:])])
+    with pytest.raises(NoSecondDerivativeError, match="OnceSquare"):
+        matrix(obj) @ torch.ones(obj.parameters.size, dtype=F64)
 
 
 def test_an_operation_that_cannot_be_vectorized_is_done_one_by_one():

@@ -29,6 +29,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: bad input is one line on standard error and exit code 2, an interruption 130."""
+    # Threads of GNU OpenMP (PyTorch's on Linux) spin at barriers; beside one other busy process that made a dense
+    # Hessian 20 times slower here. Spinning briefly costs nothing when the machine is free. Read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         code = app(standalone_mode=False)  # typer turns Ctrl-C into the exit code 130
     except typer.TyperException as error:

@@ -1,0 +1,151 @@
+"""`make bench`: time what users wait for, print a table, and store it with environment, commit and date."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import torch
+
+import hesscope as hs
+
+RESULTS = Path(__file__).parent / "results"
+REPEATS = 5
+
+
+def main() -> None:
+    rows = [*start_up(), *products(), demo()]
+    width = max(len(row["what"]) for row in rows)
+    for row in rows:
+        print(f"{row['what']:<{width}}  {row['measured']:<34}  target {row['target']}")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "foundation.json"
+    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
+    print(f"stored in {path}")
+
+
+def start_up() -> list[dict[str, str]]:
+    """Imports and help, each in a fresh interpreter, alternating."""
+    commands = {
+        "torch": [sys.executable, "-c", "import torch"],
+        "hesscope": [sys.executable, "-c", "import hesscope"],
+        "all names": [sys.executable, "-c", "import hesscope as hs; [getattr(hs, name) for name in hs.__all__]"],
+        "help": [str(Path(sys.executable).with_name("hesscope")), "--help"],
+    }
+    seconds = alternating({name: lambda command=command: run(command) for name, command in commands.items()})
+    base = statistics.median(seconds["torch"])
+    return [
+        row("import hesscope / import torch", [s / base for s in seconds["hesscope"]], "<= 1.5"),
+        row("import hesscope, all names / import torch", [s / base for s in seconds["all names"]], "<= 1.5"),
+        row("hesscope --help (s)", seconds["help"], "<= 1"),
+    ]
+
+
+def products() -> list[dict[str, str]]:
+    """Dense Hessian of the demo's network (P = 1184, N = 1797, float64) beside torch's own, and product costs."""
+    data = hs.data.digits(dtype=torch.float64)
+    model = hs.models.one_hidden(64, 16, 10, dtype=torch.float64)
+    objective = hs.Objective(model, "cross_entropy", (data.inputs, data.labels))
+    H, G = hs.Hessian(objective), hs.GaussNewton(objective)
+    space = objective.parameters
+    theta = space.flatten({name: p.detach() for name, p in model.named_parameters()})
+
+    def loss(vector: torch.Tensor) -> torch.Tensor:
+        outputs = torch.func.functional_call(model, space.unflatten(vector), (data.inputs,))
+        return torch.nn.functional.cross_entropy(outputs, data.labels)
+
+    dense = alternating(
+        {
+            "ours": lambda: H.dense(),
+            "torch": lambda: torch.autograd.functional.hessian(loss, theta, vectorize=True),
+        }
+    )
+    v = torch.randn(space.size, dtype=torch.float64)
+    V = torch.randn(space.size, H.columns_per_pass, dtype=torch.float64)
+    single = alternating(
+        {"gradient": objective.gradient, "H": lambda: H @ v, "HV": lambda: H @ V, "GV": lambda: G @ V}, repeats=20
+    )
+    gradient = statistics.median(single["gradient"])
+    return [
+        row("dense Hessian, P = 1184, N = 1797 (s)", dense["ours"], "-"),
+        row(
+            "  torch.autograd.functional.hessian / ours",
+            [a / b for a, b in zip(dense["torch"], dense["ours"], strict=True)],
+            "> 1",
+        ),
+        row("H @ v / gradient", [s / gradient for s in single["H"]], "-"),
+        row(f"H @ V per column / gradient, K = {V.shape[1]}", [s / gradient / V.shape[1] for s in single["HV"]], "-"),
+        row(f"G @ V per column / gradient, K = {V.shape[1]}", [s / gradient / V.shape[1] for s in single["GV"]], "-"),
+    ]
+
+
+def demo() -> dict[str, str]:
+    """The whole demo in a fresh folder, with its peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(Path(sys.executable).with_name("hesscope")), "demo", "--out", folder]
+        code = (
+            "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        )
+        start = time.perf_counter()
+        out = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True).stdout
+        seconds = time.perf_counter() - start
+    return {
+        "what": "hesscope demo (s, peak GiB)",
+        "measured": f"{seconds:.1f} s, {int(out) / 2**20:.2f} GiB",
+        "target": "<= 60 s, <= 2 GiB",
+    }
+
+
+def alternating(jobs: dict[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, list[float]]:
+    """Seconds of every job, run in turn after one warm-up each, so that a slow moment hits all alike."""
+    for job in jobs.values():
+        job()
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def run(command: list[str]) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def row(what: str, values: list[float], target: str) -> dict[str, str]:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return {"what": what, "measured": f"{middle:.3g} (min {low:.3g}, max {high:.3g})", "target": target}
+
+
+def environment() -> dict[str, str | int | None]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    cpu = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "hesscope": hs.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu[0] if cpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+if __name__ == "__main__":
+    main()
