@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from hesscope.core.errors import DataError, InputError
+from hesscope.core.rng import stream
 from hesscope.data import LabelledData, clusters, digits, gaussian
 from tests.helpers import F64
 
@@ -111,7 +112,7 @@ def test_one_hot_has_a_column_for_classes_that_do_not_occur():
 
 def test_split_is_disjoint_complete_and_keeps_pairs():
     data = LabelledData("d", torch.arange(10.0)[:, None], torch.arange(10), 10)
-    a, b = data.split(3, torch.Generator().manual_seed(0))
+    a, b = data.split(3, stream(0, "split"))
     assert (len(a), len(b)) == (3, 7)
     assert sorted([*a.labels.tolist(), *b.labels.tolist()]) == list(range(10))
     assert torch.equal(a.inputs[:, 0].long(), a.labels)

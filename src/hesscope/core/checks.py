@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 from hesscope.core.errors import InputError
 
@@ -25,5 +26,5 @@ def require_choice(argument: str, value: object, choices: Iterable[str]) -> None
 
 def require_positive_int(argument: str, value: object) -> None:
     """Raise unless `value` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise InputError(f"{argument} must be a positive integer, got {value!r}")

@@ -37,6 +37,11 @@ class ParameterSpace:
                 "the model has no trainable parameter: there is nothing to differentiate with respect to "
                 "(set requires_grad=True on the parameters to study)"
             )
+        lazy = [name for name, p in trainable.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+        if lazy:
+            raise ModelError(
+                f"the shape of {lazy[0]} is not known yet: call the model once on data before measuring it"
+            )
         for what in ("dtype", "device"):
             kinds = sorted({str(getattr(p, what)) for p in trainable.values()})
             if len(kinds) > 1:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
 from hesscope.core.errors import DataError
+from hesscope.core.rng import permutation
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +45,9 @@ class LabelledData:
         """(inputs, targets) as the loss "cross_entropy" or "mse" wants them."""
         return self.inputs, self.one_hot if loss == "mse" else self.labels
 
-    def split(self, first: int, generator: torch.Generator) -> tuple[LabelledData, LabelledData]:
+    def split(self, first: int, generator: np.random.Generator) -> tuple[LabelledData, LabelledData]:
         """Two disjoint random parts, the first with `first` samples."""
-        order = torch.randperm(len(self), generator=generator)
+        order = permutation(len(self), generator)
         parts = order[:first], order[first:]
         a, b = (LabelledData(self.name, self.inputs[part], self.labels[part], self.classes) for part in parts)
         return a, b

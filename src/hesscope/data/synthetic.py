@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 from hesscope.core.checks import require_positive_int
-from hesscope.core.rng import stream
+from hesscope.core.rng import normal, stream
 from hesscope.data.labelled import LabelledData
 
 
 def gaussian(N: int, d: int, C: int, seed: int = 0, dtype: torch.dtype | None = None) -> LabelledData:
     """Inputs x ~ N(0, I_d), labels uniform on the C classes and independent of x."""
     _require_sizes(N, d, C)
-    inputs = torch.randn(N, d, dtype=torch.float64, generator=stream(seed, "gaussian", "inputs"))
-    labels = torch.randint(0, C, (N,), generator=stream(seed, "gaussian", "labels"))
+    inputs = normal((N, d), stream(seed, "gaussian", "inputs"))
+    labels = torch.from_numpy(stream(seed, "gaussian", "labels").integers(0, C, N))
     return LabelledData(f"Gaussian inputs, {C} classes", inputs.to(dtype or torch.get_default_dtype()), labels, C)
 
 
@@ -22,10 +22,10 @@ def clusters(
 ) -> LabelledData:
     """Inputs x = class centre + noise * N(0, I_d); the C centres are uniform on the unit sphere, labels uniform."""
     _require_sizes(N, d, C)
-    centres = torch.randn(C, d, dtype=torch.float64, generator=stream(seed, "clusters", "centres"))
+    centres = normal((C, d), stream(seed, "clusters", "centres"))
     centres /= centres.norm(dim=1, keepdim=True)
-    labels = torch.randint(0, C, (N,), generator=stream(seed, "clusters", "labels"))
-    spread = torch.randn(N, d, dtype=torch.float64, generator=stream(seed, "clusters", "noise"))
+    labels = torch.from_numpy(stream(seed, "clusters", "labels").integers(0, C, N))
+    spread = normal((N, d), stream(seed, "clusters", "noise"))
     inputs = centres[labels] + noise * spread
     return LabelledData(f"clustered data, {C} classes", inputs.to(dtype or torch.get_default_dtype()), labels, C)
 

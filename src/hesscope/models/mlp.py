@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from hesscope.core.checks import require_choice, require_positive_int
 from hesscope.core.errors import InputError
-from hesscope.core.rng import stream
+from hesscope.core.rng import normal, stream
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -49,7 +49,7 @@ class MLP(nn.Module):
         self.activation = activation
         for number, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
             layer: nn.Linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out, bias=bias, dtype=dtype)  # type: ignore[no-untyped-call]
-            weight = torch.randn(fan_out, fan_in, dtype=torch.float64, generator=stream(seed, "MLP", f"fc{number}"))
+            weight = normal((fan_out, fan_in), stream(seed, "MLP", f"fc{number}"))
             with torch.no_grad():
                 layer.weight.copy_(weight / fan_in**0.5)
                 if bias:

@@ -88,17 +88,25 @@ def as_operator(matrix: Any) -> Operator:
     if isinstance(matrix, Operator):
         return matrix
     if isinstance(matrix, np.ndarray):
-        matrix = torch.from_numpy(matrix)
+        shareable = np.ascontiguousarray(matrix)  # torch shares the memory only of arrays that it could write to
+        matrix = _tensor(shareable if shareable.flags.writeable else shareable.copy())
     shape, dtype = getattr(matrix, "shape", None), getattr(matrix, "dtype", None)
     if shape is None or dtype is None or not hasattr(matrix, "__matmul__"):
         raise InputError(f"expected a matrix or an operator with shape, dtype and @, got {type(matrix).__name__}")
     if len(shape) != 2 or shape[0] != shape[1]:
         raise InputError(f"the matrix must be square, got shape {tuple(shape)}")
     takes_numpy = not isinstance(dtype, torch.dtype)
-    torch_dtype = torch.from_numpy(np.empty(0, dtype=dtype)).dtype if takes_numpy else dtype
+    torch_dtype = _tensor(np.empty(0, dtype=dtype)).dtype if takes_numpy else dtype
     if not torch_dtype.is_floating_point:
         raise InputError(f"the matrix must be real floating-point, got {dtype}")
     if isinstance(matrix, Tensor):
         return Dense(matrix.detach(), symmetric=bool(torch.equal(matrix, matrix.T)))
     device = torch.device(getattr(matrix, "device", "cpu"))
     return Foreign(matrix, (int(shape[0]), int(shape[1])), torch_dtype, device, takes_numpy)
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    try:
+        return torch.from_numpy(array)
+    except TypeError as error:
+        raise InputError(f"the matrix must be real floating-point, got {array.dtype}") from error

@@ -42,12 +42,15 @@ class _Curvature(Operator):
     def products(self, V: Tensor) -> Tensor:
         """Products with all columns of V [P, K]: one graph per batch, `columns_per_pass` columns at a time."""
         objective = self.objective
-        total = torch.zeros(V.shape[1], V.shape[0], dtype=self.dtype, device=self.device)
-        chunks = torch.split(V.T, self.columns_per_pass)
+        if V.shape[1] == 0:
+            return V.clone()
         with objective.evaluating() as (theta, batches), explained(f"the {type(self).__name__}"):
+            total = torch.zeros(V.shape[1], V.shape[0], dtype=self.dtype, device=self.device)
+            rows = V.T.clone() if V.is_inference() else V.T
+            chunks = torch.split(rows, self.columns_per_pass)
             for index, batch in batches:
                 self._add_batch(total, chunks, theta, batch, index)
-        return (total / objective.num_terms).T
+            return (total / objective.num_terms).T
 
     @abstractmethod
     def _add_batch(self, total: Tensor, chunks: tuple[Tensor, ...], theta: Tensor, batch: object, index: int) -> None:
@@ -64,8 +67,7 @@ class Hessian(_Curvature):
         if not loss_sum.requires_grad:
             return
         (gradient,) = torch.autograd.grad(loss_sum, theta, create_graph=True)
-        if index == 0:
-            require_twice_differentiable(loss_sum, gradient, "the Hessian")
+        require_twice_differentiable(loss_sum, gradient, "the Hessian")
         for rows, chunk in zip(torch.split(total, self.columns_per_pass), chunks, strict=True):
             rows += pull_back(gradient, theta, chunk)
 
@@ -92,8 +94,7 @@ class GaussNewton(_Curvature):
         leaf, loss_gradient = output_gradient(self._loss, outputs, targets)
         u = torch.zeros_like(outputs, requires_grad=True)
         (transposed,) = torch.autograd.grad(outputs, theta, u, create_graph=True)
-        if index == 0:
-            require_twice_differentiable(outputs, transposed, "the Gauss-Newton matrix's double backward")
+        require_twice_differentiable(outputs, transposed, "the Gauss-Newton matrix's double backward")
         for rows, chunk in zip(torch.split(total, self.columns_per_pass), chunks, strict=True):
             pushed = pull_back(transposed, u, chunk)
             curved = pull_back(loss_gradient, leaf, pushed)

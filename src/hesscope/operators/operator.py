@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,6 +76,9 @@ class Operator(ABC):
         return _combined([(_number(factor), self)])
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Operator:
+        return self * (1.0 / _number(divisor))
 
     def __neg__(self) -> Operator:
         return _combined([(-1.0, self)])
@@ -206,6 +210,6 @@ def _combined(terms: list[tuple[float, Any]]) -> Combination:
 
 
 def _number(factor: Any) -> float:
-    if isinstance(factor, (int, float)):
+    if isinstance(factor, Real):
         return float(factor)
     raise InputError(f"an operator can be multiplied by a number, got {type(factor).__name__}; use @ for products")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ class SplitTensor:
 
 Scheme = Callable[[nn.Module, ParameterSpace], Iterator[SplitTensor]]
 
+# Norms scale entry by entry, whatever the shape of their weight: it has no rows.
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # Modules whose weight has the input axis first; everywhere else in PyTorch axis 0 is the output (or token) axis.
 INPUT_AXIS_FIRST = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -47,13 +50,15 @@ def layers(model: nn.Module, space: ParameterSpace) -> Iterator[SplitTensor]:
 def rows(model: nn.Module, space: ParameterSpace) -> Iterator[SplitTensor]:
     """Matrices are cut along their output axis."""
     for name, shape in zip(space.names, space.shapes, strict=True):
-        yield _along_axis(name, shape, 1 if isinstance(_owner(model, name), INPUT_AXIS_FIRST) else 0)
+        owner = _owner(model, name)
+        yield _along_axis(name, shape, owner, axis=1 if isinstance(owner, INPUT_AXIS_FIRST) else 0)
 
 
 def columns(model: nn.Module, space: ParameterSpace) -> Iterator[SplitTensor]:
     """Matrices are cut along their input axis."""
     for name, shape in zip(space.names, space.shapes, strict=True):
-        yield _along_axis(name, shape, 0 if isinstance(_owner(model, name), INPUT_AXIS_FIRST) else 1)
+        owner = _owner(model, name)
+        yield _along_axis(name, shape, owner, axis=0 if isinstance(owner, INPUT_AXIS_FIRST) else 1)
 
 
 def heads(model: nn.Module, space: ParameterSpace) -> Iterator[SplitTensor]:
@@ -72,10 +77,12 @@ def positions(label: str, block: Any, space: ParameterSpace | None) -> npt.NDArr
         return _named_positions(label, block, None, space)
     if isinstance(block, tuple) and len(block) == 2 and isinstance(block[0], str) and not isinstance(block[1], str):
         return _named_positions(label, block[0], block[1], space)
-    if isinstance(block, (list, tuple)) and any(isinstance(part, (str, tuple)) for part in block):
+    if isinstance(block, (list, tuple)) and not all(isinstance(part, Integral) for part in block):
         return np.concatenate([positions(label, part, space) for part in block])
     array = np.asarray(block)
     if array.dtype == bool and array.ndim == 1:
+        if space is not None and array.size != space.size:
+            raise InputError(f"block {label!r}: the mask has {array.size} entries for {space.size} parameters")
         return np.flatnonzero(array)
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise InputError(
@@ -105,13 +112,18 @@ def _whole(name: str, shape: tuple[int, ...], label: str, matched: bool) -> Spli
     return SplitTensor(name, (label,), np.zeros(shape, dtype=np.int32), matched)
 
 
-def _along_axis(name: str, shape: tuple[int, ...], axis: int) -> SplitTensor:
-    if len(shape) < 2:
+def _along_axis(name: str, shape: tuple[int, ...], owner: nn.Module, axis: int) -> SplitTensor:
+    """Cut along axis 0 or 1; along axis 1 every group of a grouped convolution has channels of its own."""
+    if len(shape) < 2 or isinstance(owner, NORMS):
         return _whole(name, shape, name, matched=False)
-    colons = ":, " * axis
-    labels = tuple(f"{name}[{colons}{index}]" for index in range(shape[axis]))
-    numbers = np.arange(shape[axis], dtype=np.int32)
-    view = numbers.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    groups = int(getattr(owner, "groups", 1)) if axis == 1 else 1
+    first, second = np.indices(shape[:2], dtype=np.int32)
+    numbers = first if axis == 0 else first // (shape[0] // groups) * shape[1] + second
+    if groups > 1:
+        labels = tuple(f"{name}[group {g}, :, {index}]" for g in range(groups) for index in range(shape[1]))
+    else:
+        labels = tuple(f"{name}[{':, ' * axis}{index}]" for index in range(shape[axis]))
+    view = numbers.reshape(shape[:2] + (1,) * (len(shape) - 2))
     return SplitTensor(name, labels, np.broadcast_to(view, shape), matched=True)
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hesscope.core.rng import stream
+from hesscope.core.rng import permutation, stream
 from hesscope.core.vectors import ParameterSpace
 
 Array = npt.NDArray[np.float64]
@@ -61,7 +61,7 @@ def train(
     snapshots: list[Array] = []
     for epoch in range(epochs + 1):
         if epoch > 0:
-            order = torch.randperm(len(training.inputs), generator=stream(seed, "train", epoch))
+            order = permutation(len(training.inputs), stream(seed, "train", epoch))
             for chosen in torch.split(order, batch_size):
                 optimizer.zero_grad()
                 loss(model(training.inputs[chosen]), training.targets[chosen]).backward()

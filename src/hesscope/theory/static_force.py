@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hesscope.core.checks import require_choice, require_positive_int
 from hesscope.core.errors import InputError
-from hesscope.core.rng import derived_seed
+from hesscope.core.rng import stream
 
 # Monte Carlo size for cross-entropy: initializations V, and inputs seen by each.
 INITIALIZATIONS = 512
@@ -86,7 +86,7 @@ def _cross_entropy_samples(C: int, gamma: float, m: int, seed: int) -> tuple[Arr
 
     Squares of expectations over inputs are estimated by products of independent inputs n != n'.
     """
-    rng = np.random.default_rng(derived_seed(seed, "static_force", C, m))
+    rng = stream(seed, "static_force", C, m)
     hidden, output = np.empty((INITIALIZATIONS, 2)), np.empty((INITIALIZATIONS, 2))
     diagonal = np.eye(m, dtype=bool)
     for draw in range(INITIALIZATIONS):
