@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hesscope.estimate.energies import BlockEnergies, SplitEnergies
     from hesscope.objective import Objective
     from hesscope.operators import GaussNewton, Hessian, as_operator
+    from hesscope.operators.closed_form import OutputLayerEnergies, output_layer_energies
     from hesscope.partition import Partition
 
 # Where each public name lives; submodules that are themselves public names map to None.
@@ -28,6 +29,8 @@ _HOME: dict[str, str | None] = {
     "as_operator": "hesscope.operators",
     "block_energies": "hesscope.estimate.block_energies",
     "BlockEnergies": "hesscope.estimate.energies",
+    "OutputLayerEnergies": "hesscope.operators.closed_form",
+    "output_layer_energies": "hesscope.operators.closed_form",
     "SplitEnergies": "hesscope.estimate.energies",
     "data": None,
     "models": None,
@@ -40,12 +43,14 @@ __all__ = [
     "HesscopeError",
     "Hessian",
     "Objective",
+    "OutputLayerEnergies",
     "ParameterSpace",
     "Partition",
     "SplitEnergies",
     "__version__",
     "as_operator",
     "block_energies",
+    "output_layer_energies",
 ]
 
 

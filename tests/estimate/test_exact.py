@@ -137,7 +137,7 @@ def test_auto_is_told_in_the_provenance():
 
 def test_provenance_names_the_engine_and_the_data(objective):
     found = hs.block_energies(hs.Hessian(objective), hs.Partition.by_layer(objective.model)).provenance
-    assert found.engine == "block energies: exact; hessian: double backward"
+    assert found.engine == "block energies: closed_form; hessian: closed form"
     assert found.data_fingerprint == objective.data_fingerprint
 
 

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from hesscope.core.checks import require_choice, require_positive_int
 from hesscope.core.errors import InputError
-from hesscope.core.memory import require_memory
+from hesscope.core.memory import available_bytes, require_memory
 from hesscope.core.records import Provenance
 from hesscope.core.rng import rademacher, stream
 from hesscope.estimate.energies import BlockEnergies
 from hesscope.operators import Operator, as_operator
+from hesscope.operators.bridges import Dense
 from hesscope.partition.partition import Partition
 
-METHODS = ("auto", "exact", "probes")
+METHODS = ("auto", "exact", "closed_form", "probes")
 DEFAULT_PROBES = 32
 
 # Up to this many parameters "auto" does not bother to estimate: the exact answer takes seconds.
@@ -32,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Method:
-    """A settled method: "exact" (probes = 0) or "probes" with their number, and the products either takes."""
+    """A settled method, the number of probes (0 unless it is "probes"), and of the products it takes."""
 
     name: str
     probes: int
@@ -52,56 +53,74 @@ def block_energies(
     Args:
         matrix: an operator or dense matrix [P, P] (see as_operator).
         partition: B blocks of the P parameters.
-        method: "exact" takes P products and no more memory than a few columns; "probes" takes B products a probe and
-            gives standard errors; "auto" takes "exact" up to 2048 parameters or where it needs fewer products.
+        method: "exact" takes P products and no more memory than a few columns; "closed_form" forms the dense matrix
+            of a fully connected network by formula; "probes" takes B products a probe and gives standard errors;
+            "auto" takes the closed form where there is one that fits in memory, "exact" up to 2048 parameters or
+            where it needs fewer products than probes, else "probes".
         probes: number of independent probes, 32 unless told; each sees every block once.
         seed: root of the random streams; equal seeds give equal numbers.
         progress: called with (products done, products in all).
 
     Raises:
-        InputError: an unknown method, fewer than 2 probes, probes given to "exact".
+        InputError: an unknown method, fewer than 2 probes, probes given to another method, no closed form.
         PartitionError: the partition does not fit the matrix.
         TooLargeError: the samples of all block pairs would not fit in memory.
     """
     operator = as_operator(matrix)
     partition.require_fits(operator.shape[0])
-    settled = choose_method(operator.shape[0], len(partition), method, probes)
+    settled = choose_method(operator.shape[0], len(partition), method, probes, _closed_form_fits(operator))
+    if settled.name == "closed_form" and not operator.has_closed_form:
+        raise InputError(
+            f"method 'closed_form' needs a fully connected network with a plain loss, got {operator.engine}"
+        )
     provenance = energies_provenance(operator, settled, seed)
-    if settled.name == "exact":
+    if settled.name == "closed_form":
+        operator = Dense(operator.dense(), symmetric=True)
+    if settled.name != "probes":
         total = np.zeros((len(partition), len(partition)))
         for chunk in operator.column_chunks():
             total += energies_of_columns(operator.columns(chunk), partition, chunk)
             if progress is not None:
-                progress(chunk.stop, settled.products)
+                progress(chunk.stop, operator.shape[1])
         return BlockEnergies.exact(partition.labels, partition.sizes, total, provenance)
     (samples,) = probe_samples((operator,), partition, seed, range(settled.probes), progress)
     return BlockEnergies.from_samples(partition.labels, partition.sizes, samples, provenance)
 
 
-def choose_method(parameters: int, blocks: int, method: str, probes: int | None) -> Method:
+def choose_method(parameters: int, blocks: int, method: str, probes: int | None, closed_form: bool = False) -> Method:
     """Settle "auto" and the number of probes; raises InputError for values that do not fit."""
     require_choice("method", method, METHODS)
     if probes is not None:
         require_positive_int("probes", probes)
         if probes < 2:
             raise InputError("probes must be at least 2, so that there is a standard error")
-        if method == "exact":
-            raise InputError("method 'exact' takes no probes; leave probes out or use method='probes'")
+        if method in ("exact", "closed_form"):
+            raise InputError(f"method {method!r} takes no probes; leave probes out or use method='probes'")
     count = DEFAULT_PROBES if probes is None else probes
     if method == "auto":
-        method = "exact" if parameters <= max(EXACT_SIZE, blocks * count) else "probes"
-    return Method("exact", 0, parameters) if method == "exact" else Method("probes", count, blocks * count)
+        exact = "closed_form" if closed_form else "exact"
+        method = exact if closed_form or parameters <= max(EXACT_SIZE, blocks * count) else "probes"
+    if method == "probes":
+        return Method("probes", count, blocks * count)
+    return Method(method, 0, parameters if method == "exact" else 0)
 
 
 def energies_provenance(operator: Operator, method: Method, seed: int) -> Provenance:
     """Where block energies made by `method` come from."""
+    engine = operator.dense_engine if method.name == "closed_form" else operator.engine
     return Provenance(
-        engine=f"block energies: {method.name}; {operator.engine}",
+        engine=f"block energies: {method.name}; {engine}",
         dtype=str(operator.dtype).removeprefix("torch."),
         device=str(operator.device),
         data_fingerprint=operator.data_fingerprint,
-        seed=None if method.name == "exact" else seed,
+        seed=seed if method.name == "probes" else None,
     )
+
+
+def _closed_form_fits(operator: Operator) -> bool:
+    """Whether the matrix can be had in closed form with half of the memory that is left."""
+    needed = 2 * operator.shape[0] ** 2 * torch.empty(0, dtype=operator.dtype).element_size()
+    return needed < available_bytes(operator.device) / 2 and operator.has_closed_form
 
 
 def energies_of_columns(columns: Tensor, partition: Partition, chunk: slice) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,9 +43,10 @@ class SumAndTerms:
 
 @dataclass(frozen=True)
 class OutputLoss:
-    """A loss of the model's outputs and the targets: it has a Gauss-Newton matrix."""
+    """A loss of the model's outputs and the targets: it has a Gauss-Newton matrix. `module` is torch's form of it."""
 
     name: str
+    module: nn.Module
     evaluate: Callable[[Tensor, Tensor], SumAndTerms]
 
 
@@ -65,7 +66,7 @@ def as_loss(loss: str | nn.Module | Callable[..., Any]) -> OutputLoss | BatchLos
     """
     if isinstance(loss, str):
         require_choice("loss", loss, NAMED)
-        return OutputLoss(loss, _from_module(NAMED[loss]()).evaluate)
+        return replace(_from_module(NAMED[loss]()), name=loss)
     if isinstance(loss, nn.Module):
         return _from_module(loss)
     if callable(loss):
@@ -90,8 +91,8 @@ def _from_module(module: nn.Module) -> OutputLoss:
     summing.reduction = "sum"
     summing.__dict__.update(size_average=None, reduce=None)
     if isinstance(module, ELEMENTWISE):
-        return OutputLoss(name, lambda outputs, targets: _elementwise(summing, outputs, targets))
-    return OutputLoss(name, lambda outputs, targets: _classification(summing, outputs, targets))
+        return OutputLoss(name, module, lambda outputs, targets: _elementwise(summing, outputs, targets))
+    return OutputLoss(name, module, lambda outputs, targets: _classification(summing, outputs, targets))
 
 
 def _elementwise(module: nn.Module, outputs: Tensor, targets: Tensor) -> SumAndTerms:

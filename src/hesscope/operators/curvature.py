@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hesscope.objective.losses import output_gradient
 from hesscope.objective.objective import Objective, require_output_loss
+from hesscope.operators.closed_form import mlp
 from hesscope.operators.operator import Operator
 from hesscope.operators.second_derivatives import explained, pull_back, require_twice_differentiable
 
@@ -30,6 +32,33 @@ class _Curvature(Operator):
         self.dtype = objective.parameters.dtype
         self.device = objective.parameters.device
         self.data_fingerprint = objective.data_fingerprint
+
+    @cached_property
+    def _network(self) -> mlp.Network | None:
+        return mlp.recognize(self.objective)
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the model is a fully connected network for which `dense` is a formula (closed_form.mlp)."""
+        return self._network is not None
+
+    @property
+    def dense_engine(self) -> str:
+        """How `dense` is computed."""
+        return self.engine.replace("double backward", "closed form") if self.has_closed_form else self.engine
+
+    def dense(self) -> Tensor:
+        """The whole matrix [P, P], exactly symmetric; in closed form for fully connected networks, else by products.
+
+        Raises:
+            TooLargeError: it would not fit in memory (the message says how much it needs and what to use instead).
+        """
+        if self._network is not None:
+            self.require_memory_for_dense(extra_columns=self.shape[1])
+            matrix = mlp.dense(self.objective, self._network, gauss_newton=isinstance(self, GaussNewton))
+            if matrix is not None:
+                return matrix
+        return super().dense()
 
     @property
     def columns_per_pass(self) -> int:

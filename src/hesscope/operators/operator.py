@@ -41,6 +41,16 @@ class Operator(ABC):
         """The operator times each column of V [P, K], which is of the right dtype and device; returns [P, K]."""
 
     @property
+    def has_closed_form(self) -> bool:
+        """Whether `dense` is a formula, much faster than products with all columns."""
+        return False
+
+    @property
+    def dense_engine(self) -> str:
+        """How `dense` is computed."""
+        return self.engine
+
+    @property
     def columns_per_pass(self) -> int:
         """How many columns `products` should be given at once: more need more memory, fewer repeat set-up work."""
         return 256
@@ -102,18 +112,18 @@ class Operator(ABC):
             TooLargeError: it would not fit in memory (the message says how much it needs and what to use instead).
         """
         rows, cols = self.shape
-        item = torch.empty(0, dtype=self.dtype).element_size()
-        needed = rows * cols * item + 3 * rows * min(self.columns_per_pass, cols) * item
-        require_memory(
-            needed,
-            self.device,
-            f"the dense {rows} x {cols} matrix",
-            "products (operator @ vectors) or block_energies(..., method='probes')",
-        )
+        self.require_memory_for_dense(extra_columns=3 * min(self.columns_per_pass, cols))
         matrix = torch.empty(rows, cols, dtype=self.dtype, device=self.device)
         for chunk in self.column_chunks():
             matrix[:, chunk] = self.columns(chunk)
         return symmetrize_(matrix) if self.symmetric else matrix
+
+    def require_memory_for_dense(self, extra_columns: int) -> None:
+        """Raise TooLargeError unless the whole matrix and some columns more fit in memory."""
+        rows, cols = self.shape
+        needed = rows * (cols + extra_columns) * torch.empty(0, dtype=self.dtype).element_size()
+        instead = "products (operator @ vectors) or block_energies(..., method='probes')"
+        require_memory(needed, self.device, f"the dense {rows} x {cols} matrix", instead)
 
     def to_scipy(self) -> LinearOperator:
         """A `scipy.sparse.linalg.LinearOperator` of NumPy arrays on the CPU, for SciPy's solvers."""
@@ -177,6 +187,11 @@ class Combination(Operator):
         return " ; ".join(f"{factor:+g} {term.engine}" for factor, term in self.terms)
 
     @property
+    def dense_engine(self) -> str:
+        """The terms' engines."""
+        return " ; ".join(f"{factor:+g} {term.dense_engine}" for factor, term in self.terms)
+
+    @property
     def data_fingerprint(self) -> str:  # type: ignore[override]
         """The terms' fingerprints, each once."""
         return "+".join(dict.fromkeys(term.data_fingerprint for _, term in self.terms if term.data_fingerprint))
@@ -185,6 +200,22 @@ class Combination(Operator):
     def columns_per_pass(self) -> int:
         """The smallest of the terms'."""
         return min(term.columns_per_pass for _, term in self.terms)
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether all terms have one."""
+        return all(term.has_closed_form for _, term in self.terms)
+
+    def dense(self) -> Tensor:
+        """Sum of the terms' dense matrices, where they have closed forms; else as for any operator."""
+        if not self.has_closed_form:
+            return super().dense()
+        self.require_memory_for_dense(extra_columns=self.shape[1])
+        (factor, first), *rest = self.terms
+        total = first.dense() * factor
+        for factor, term in rest:
+            total.add_(term.dense(), alpha=factor)
+        return total
 
     def products(self, V: Tensor) -> Tensor:
         """Sum of the terms' products."""

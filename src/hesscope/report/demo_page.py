@@ -66,6 +66,7 @@ def write_demo_page(folder: Path, results: Mapping[str, xr.Dataset], command: st
     attributes = measured[losses[0], "final"].data.attrs
     context = {
         "headline": _headline(measured),
+        "example": _parts(measured["cross_entropy", "final"].ratio("output")),
         "cards": _cards(training, measured),
         "pictures": pictures,
         "ratios": [_ratio_row(loss, layer, measured, prediction) for loss in losses for layer in ("hidden", "output")],

@@ -144,7 +144,7 @@ def _measure(trajectory: xr.Dataset, loss: str, time: str, settings: DemoSetting
         epoch=int(trajectory["kept_epoch"].sel(time=time)),
         value=objective.value(),
         gradient_norm=float(objective.gradient().norm()),
-        engine=f"dense; {hessian.engine}",
+        engine=f"dense; {hessian.dense_engine}",
         data_fingerprint=objective.data_fingerprint,
         seed=settings.seed,
         classes=training.classes,

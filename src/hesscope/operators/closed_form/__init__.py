@@ -1,0 +1,9 @@
+"""Exact Hessians and energies from formulas: matrix products, no automatic differentiation (MATH.md, sections 2, 3)."""
+
+from hesscope.operators.closed_form.output_layer import (
+    OutputLayerEnergies,
+    output_layer_blocks,
+    output_layer_energies,
+)
+
+__all__ = ["OutputLayerEnergies", "output_layer_blocks", "output_layer_energies"]
