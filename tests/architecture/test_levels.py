@@ -273,10 +273,13 @@ CONTRACT = {
 }
 
 
+TO_COME = ("trace", "frobenius_norm_squared", "diagonal", "top_eigenpairs", "spectral_density", "pac_bayes_bound")
+
+
 @pytest.mark.parametrize("name", CONTRACT)
 def test_the_contract(name):
-    if name not in hs.__all__:
-        pytest.skip("not there yet")
+    if name in TO_COME:
+        pytest.skip("part of later work")
     value = getattr(hs, name)
     assert all(hasattr(value, member) for member in CONTRACT[name])
 

@@ -46,6 +46,11 @@ BAD = [
     ({"loss": f"{HERE}:vector_loss"}, "the loss must be a scalar"),
     ({"loss": "crossentropy"}, "did you mean 'cross_entropy'?"),
     ({"loss": "mse"}, "class labels must be one-hot encoded"),
+    ({"loss": f"{HERE}:Weighted"}, "the loss module Weighted is not known"),
+    ({"model": f"{HERE}:half_network", "data": f"{HERE}:half_points"}, "studies need float32 or float64"),
+    ({"model": f"{HERE}:infinite_curvature"}, "the Hessian is not finite on batch 0"),
+    ({"model": f"{HERE}:leave"}, "failed: SystemExit: 3"),
+    ({"output": ""}, "output = ''"),
     ({"method": "exakt"}, "did you mean 'exact'?"),
     ({"probes": 1}, "probes must be at least 2"),
     ({"model": "tests.study.user_code:failing"}, "RuntimeError: no such luck"),
@@ -93,7 +98,7 @@ def test_too_many_samples_for_memory_say_how_much(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(memory, "available_bytes", lambda device="cpu": 1000)
     code, _, err = hesscope(monkeypatch, capsys, "analyze", write_study(tmp_path, method="probes"))
     assert code == 2
-    assert "KiB, but 1000 bytes are available; use" in err
+    assert "MiB, but 1000 bytes are available; use fewer probes" in err
     assert not (tmp_path / "out").exists()
 
 

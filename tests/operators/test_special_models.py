@@ -7,7 +7,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscope as hs
-from hesscope.core.errors import InputError, NoSecondDerivativeError
+from hesscope.core.errors import InputError, ModelError, NoSecondDerivativeError
 from tests.helpers import (
     F64,
     inputs_for,
@@ -229,7 +229,7 @@ def test_other_failures_keep_their_own_message():
             return super().forward(x)
 
     obj = hs.Objective(randomized(Fragile(4, 3)), "cross_entropy", (X, Y))
-    with pytest.raises(RuntimeError, match=r"out of luck"):
+    with pytest.raises(ModelError, match=r"the Hessian failed: RuntimeError: out of luck"):
         hs.Hessian(obj) @ torch.ones(15, dtype=F64)
 
 

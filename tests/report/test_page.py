@@ -1,5 +1,6 @@
 """The demo's page as a reader sees it: opened in headless Chromium, every section visible, every picture decoded."""
 
+import html
 import json
 import re
 import shutil
@@ -11,8 +12,12 @@ import pytest
 
 from hesscope.report import figures, style
 from hesscope.report.demo_page import write_demo_page
+from hesscope.report.study_page import write_study_page
+from hesscope.study.analyze import prepare, run
+from hesscope.study.config import StudyConfig
 from hesscope.study.demo import DemoSettings, demo_results, run_demo
 
+HERE = "tests.study.user_code"
 SECTIONS = ("training", "hessian", "energies", "ratios", "groups", "eigenvalues", "provenance")
 # Appended to a copy of the page: what the browser made of it, as JSON in the document.
 PROBE = """<script>
@@ -32,7 +37,8 @@ def page(tmp_path_factory):
     return write_demo_page(folder, demo_results(folder, settings), "hesscope demo")
 
 
-def test_the_page_in_a_browser(page, tmp_path):
+def opened(page, tmp_path):
+    """What Chromium made of the page: heights of its sections, sizes of its pictures, overflow, headline."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("Chromium is not installed (apt-get install chromium)")
@@ -43,13 +49,47 @@ def test_the_page_in_a_browser(page, tmp_path):
     dom = subprocess.run([*command, "--dump-dom", f"file://{copy}"], capture_output=True, text=True, timeout=60).stdout
     found = re.search(r'<pre id="probe">(.*?)</pre>', dom, re.DOTALL)
     assert found, dom[-500:]
-    seen = json.loads(found.group(1).replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&"))
-    assert [name for name, _ in seen["seen"]] == list(SECTIONS)
+    return json.loads(html.unescape(found.group(1)))
+
+
+def assert_legible(seen, pictures):
     assert all(height > 100 for _, height in seen["seen"])
-    assert len(seen["pictures"]) == 5
-    assert all(complete and natural > 500 and shown > 500 for complete, natural, shown in seen["pictures"])
+    assert len(seen["pictures"]) == pictures
+    assert all(complete and natural > 500 and shown > 400 for complete, natural, shown in seen["pictures"])
     assert seen["overflow"] <= 0
+
+
+def test_the_demo_s_page_in_a_browser(page, tmp_path):
+    seen = opened(page, tmp_path)
+    assert [name for name, _ in seen["seen"]] == list(SECTIONS)
+    assert_legible(seen, pictures=5)
     assert "block-diagonal to 1 part in" in seen["title"]
+
+
+STUDIES = {
+    "exact": {},
+    "probes": {"method": "probes", "probes": 4},
+    "one block per layer": {"partition": "layer"},
+    "zero Hessian": {"loss": f"{HERE}:linear_loss", "model": f"{HERE}:huge_network"},
+    "zero residual part": {"model": f"{HERE}:huge_network"},
+    "long names": {"partition": f"{HERE}:long_names"},
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_pages_of_studies_in_a_browser(name, tmp_path):
+    values = {"model": f"{HERE}:network", "data": f"{HERE}:tensors", "output": "out", **STUDIES[name]}
+    study = prepare(StudyConfig(**values), tmp_path)
+    run(study, lambda title, share: None)
+    page = write_study_page(study.folder, study.store.require("energies"), "hesscope analyze STUDY.toml")
+    seen = opened(page, tmp_path)
+    names = [section for section, _ in seen["seen"]]
+    assert {"totals", "energies", "blocks", "provenance"} <= set(names)
+    assert ("hessian" in names) == (name != "probes")
+    assert_legible(seen, pictures=len(study.part_names) + (0 if name == "probes" else 2))
+    assert "nan" not in page.read_text().split("<main>")[1].replace("base64", "").split("data:image")[0]
+    assert ("The Hessian is zero" in seen["title"]) == (name == "zero Hessian")
+    assert ("one standard error" in seen["title"]) == (name == "probes")
 
 
 def test_the_page_is_self_contained(page):
@@ -94,9 +134,10 @@ def test_numbers(value, text):
     ("share", "text"), [(0.5, "50.0 %"), (1.0, "100.0 %"), (0.99996, "99.9960 %"), (2e-5, "0.002 %"), (0.0, "0.0 %")]
 )
 def test_percentages(share, text):
-    assert style.percent(share) == text
+    assert style.percent(share).replace("\N{NO-BREAK SPACE}", " ") == text
 
 
 def test_ratios_in_words():
     assert style.one_part_in(0.0) == "exact"
     assert style.one_part_in(0.04) == "1 part in 25"
+    assert style.one_part_in(2.2) == "2.2 times the diagonal"

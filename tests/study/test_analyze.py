@@ -83,6 +83,58 @@ def test_results_are_reused_only_for_the_same_parameters_and_settings(tmp_path):
     assert not study(tmp_path, checkpoint="changed.pt").store.has("energies")
 
 
+SCALED = {"model": f"{HERE}:Scaled", "data": f"{HERE}:tensors"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_arguments": {"buffer": 3.0}},
+        {"model_arguments": {"frozen": 3.0}},
+        {"model_arguments": {"activation": "sin"}},
+        {"method": "probes"},
+    ],
+    ids=str,
+)
+def test_anything_that_results_depend_on_makes_them_new(tmp_path, changes):
+    measure(tmp_path, **SCALED)
+    assert study(tmp_path, **SCALED).store.has("energies")
+    assert not study(tmp_path, **{**SCALED, **changes}).store.has("energies")
+
+
+def test_an_edited_loss_or_other_class_weights_make_results_new(tmp_path, monkeypatch):
+    callable_loss = {**SCALED, "loss": f"{HERE}:scaled_loss"}
+    measure(tmp_path, **callable_loss)
+    monkeypatch.setattr(user_code, "FACTOR", 1.01)
+    assert not study(tmp_path, **callable_loss).store.has("energies")
+    for weight in (1.0, 9.0):
+        loss = torch.nn.CrossEntropyLoss(weight=torch.tensor([weight, 1.0, 1.0], dtype=torch.float64))
+        monkeypatch.setattr(user_code, "instance", loss, raising=False)
+        prepared = study(tmp_path, **{**SCALED, "loss": f"{HERE}:instance"})
+        assert not prepared.store.has("energies")
+        run(prepared, lambda *_: None)
+
+
+def test_unreadable_parts_are_computed_again_and_litter_is_removed(tmp_path):
+    prepared = study(tmp_path, method="probes", probes=4)
+    run(prepared, lambda *_: None)
+    expected = prepared.store.require("energies")
+    prepared.folder.joinpath("results-energies.nc").write_bytes(b"junk")
+    prepared.folder.joinpath("results-part-0001.nc").write_bytes(b"")
+    prepared.folder.joinpath("results-part-0099.nc").write_bytes(b"of a run with more parts")
+    prepared.folder.joinpath(".results-part-0001.nc.123.part").write_bytes(b"killed")
+    run(study(tmp_path, method="probes", probes=4), lambda *_: None)
+    np.testing.assert_array_equal(prepared.store.require("energies")["energy"], expected["energy"])
+    assert [path.name for path in prepared.folder.iterdir()] == ["results-energies.nc"]
+
+
+def test_each_part_tells_its_own_engine(tmp_path):
+    _, result = measure(tmp_path)
+    parts = hs.SplitEnergies.from_xarray(result).parts
+    assert "hessian" in parts["H"].provenance.engine
+    assert "PyTorch" in result.attrs["versions"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.2, "a second"), (12.4, "12 s"), (200, "3 min 20 s"), (7260, "2 h 1 min")]
 )

@@ -3,8 +3,9 @@ import pytest
 import xarray as xr
 
 from hesscope.core.errors import InputError
+from hesscope.core.files import atomic_path
 from hesscope.study.steps import Step, run_steps
-from hesscope.study.store import Store, atomic_path, open_result
+from hesscope.study.store import Store, open_result
 
 
 def numbers(value: float) -> xr.Dataset:

@@ -28,6 +28,11 @@ def tensors() -> tuple[torch.Tensor, torch.Tensor]:
     return points().batch("cross_entropy")
 
 
+def half_points() -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = tensors()
+    return x.bfloat16(), y
+
+
 def wrong_targets() -> list[tuple[torch.Tensor, torch.Tensor]]:
     x, y = tensors()
     return [(x[:20], y[:20]), (x[20:], y[20:] + 2)]
@@ -91,6 +96,62 @@ def vector_loss(model: nn.Module, batch: tuple) -> tuple[torch.Tensor, int]:
 def sum_loss(model: nn.Module, batch: tuple) -> tuple[torch.Tensor, int]:
     x, y = batch
     return nn.functional.cross_entropy(model(x), y, reduction="sum"), len(y)
+
+
+def linear_loss(model: nn.Module, batch: tuple) -> tuple[torch.Tensor, int]:
+    return model(batch[0]).sum(), len(batch[0])
+
+
+FACTOR = 1.0
+
+
+def scaled_loss(model: nn.Module, batch: tuple) -> tuple[torch.Tensor, int]:
+    total, terms = sum_loss(model, batch)
+    return FACTOR * total, terms
+
+
+class Scaled(nn.Module):
+    """A network with everything that a result may depend on beside its trainable tensors."""
+
+    def __init__(self, buffer: float = 1.0, frozen: float = 1.0, activation: str = "tanh") -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 4, dtype=torch.float64)
+        self.last = nn.Linear(4, 3, dtype=torch.float64)
+        for k, parameter in enumerate(self.parameters()):
+            torch.nn.init.constant_(parameter, 0.1 + 0.1 * k)
+        self.temperature = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))  # a parameter without dimensions
+        self.frozen = nn.Parameter(torch.full((3,), frozen, dtype=torch.float64), requires_grad=False)
+        self.register_buffer("shift", torch.full((5,), buffer, dtype=torch.float64))
+        self.activation = getattr(torch, activation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.temperature * self.frozen * self.last(self.activation(self.first(x * self.shift)))
+
+
+class Weighted(nn.CrossEntropyLoss):
+    pass
+
+
+def half_network() -> nn.Module:
+    return network(dtype="bfloat16")
+
+
+def infinite_curvature() -> nn.Module:
+    class Root(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).abs() ** 1.5
+
+    layer = Root(5, 3, bias=False, dtype=torch.float64)
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+def leave() -> nn.Module:
+    raise SystemExit(3)
+
+
+def long_names(model: nn.Module) -> hs.Partition:
+    return hs.Partition.from_blocks({"a_very_long_name_" * 6: "fc1.weight", "$x_1$ <b>": "fc2.weight"}, model)
 
 
 def overlapping(model: nn.Module) -> hs.Partition:

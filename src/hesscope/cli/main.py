@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +34,7 @@ def main() -> None:
     # Threads of GNU OpenMP (PyTorch's on Linux) spin at barriers; beside one other busy process that made a dense
     # Hessian 20 times slower here. Spinning briefly costs nothing when the machine is free. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    signal.signal(signal.SIGTERM, _interrupt)  # a batch system's end of time is as good as Ctrl-C
     try:
         code = app(standalone_mode=False)  # typer turns Ctrl-C into the exit code 130
     except typer.TyperException as error:
@@ -41,7 +44,7 @@ def main() -> None:
     except OSError as error:
         code = _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     if code == INTERRUPTED:
-        print("hesscope: interrupted; what was finished is stored, run the same command to continue", file=sys.stderr)
+        print("hesscope: interrupted; finished steps are kept, run the same command to continue", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -111,8 +114,15 @@ def _require_folder(folder: Path) -> None:
     nearest = next(place for place in (folder, *folder.resolve().parents) if place.exists())
     if not nearest.is_dir():
         raise InputError(f"the output folder {folder} cannot be made: {nearest} is not a folder")
-    if not os.access(nearest, os.W_OK):
-        raise InputError(f"the output folder {folder} cannot be written to")
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"the output folder {folder} cannot be written to: {error.strerror}") from error
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _say_found(found: int) -> None:

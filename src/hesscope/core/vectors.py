@@ -49,6 +49,8 @@ class ParameterSpace:
         first = next(iter(trainable.values()))
         if not first.dtype.is_floating_point:
             raise ModelError(f"parameters must be real floating-point numbers, found {first.dtype}")
+        if first.device.type == "meta":
+            raise ModelError("the parameters are on the meta device and have no values; load or initialize them first")
         return cls(
             names=tuple(trainable),
             shapes=tuple(tuple(p.shape) for p in trainable.values()),

@@ -154,7 +154,7 @@ def probe_samples(
     require_memory(needed, "cpu", f"{len(probes)} samples of {blocks} x {blocks} blocks", "a coarser partition")
     samples = np.empty((results, len(probes), blocks, blocks))
     assignment = _assignment(partition, first.device)
-    members = [torch.from_numpy(partition.indices(label)).to(first.device) for label in partition.labels]
+    members = [torch.from_numpy(block).to(first.device) for block in partition.members()]
     pairs = [(row, block) for row in range(len(probes)) for block in range(blocks)]
     step = min(operator.columns_per_pass for operator in operators)
     current, signs = -1, torch.empty(0)

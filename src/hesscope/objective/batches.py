@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,14 +84,37 @@ def split_batch(batch: Any, index: int) -> SplitBatch:
     return SplitBatch(tuple(inputs), {}, targets)
 
 
-def to_device(value: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
     """The same nested batch with its tensors on `device`."""
+    return _mapped(batch, lambda tensor: tensor.to(device))
+
+
+def cloned(batch: Any) -> Any:
+    """The same nested batch with copies of its tensors."""
+    return _mapped(batch, lambda tensor: tensor.clone())
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """All tensors of a nested batch."""
+    found: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _mapped(batch, collect)
+    return found
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return function(value)
     if isinstance(value, Mapping):
-        return {key: to_device(entry, device) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(to_device(entry, device) for entry in value) if type(value) in (tuple, list) else value
+        return {key: _mapped(entry, function) for key, entry in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(entry, function) for entry in value))
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(entry, function) for entry in value)
     return value
 
 
@@ -104,7 +128,8 @@ def fingerprint(batch: Any) -> str:
 def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
+        dense = value.detach() if value.layout == torch.strided else value.detach().to_dense()
+        flat = dense.cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     elif isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode())
@@ -119,7 +144,10 @@ def _feed(digest: Any, value: Any) -> None:
             _feed(digest, entry)
     elif isinstance(value, (str, bytes, int, float, bool, type(None))):
         digest.update(repr(value).encode())
-    # Anything else (objects that carry no data of their own) cannot be compared by content and is left out.
+    elif hasattr(value, "__dict__"):
+        _feed(digest, vars(value))
+    else:
+        digest.update(pickle.dumps(value))
 
 
 def _describe(batch: Any) -> str:

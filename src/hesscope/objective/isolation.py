@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,16 +19,28 @@ Result = TypeVar("Result")
 def isolated(model: nn.Module) -> Iterator[None]:
     """Run the body in eval mode with autograd on; afterwards, also after an exception, everything is as it was.
 
-    Fused attention kernels have no second derivative, so attention runs through PyTorch's mathematical form here.
+    Fused attention kernels have no second derivative, so attention runs through PyTorch's mathematical form here; and
+    the parameters' dtype is kept, whatever autocast says outside.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        with _random_states_kept(), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with (
+            _random_states_kept(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
+            torch.backends.mha.set_fastpath_enabled(False)
             model.eval()
             yield
     finally:
-        for module, training in modes:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, training, buffers in modes:
             module.training = training
+            module._buffers.update(buffers)
 
 
 @contextmanager

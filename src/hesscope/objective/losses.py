@@ -80,14 +80,14 @@ def as_loss(loss: str | nn.Module | Callable[..., Any]) -> OutputLoss | BatchLos
 
 def _from_module(module: nn.Module) -> OutputLoss:
     name = type(module).__name__
-    if not isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss, *ELEMENTWISE)):
+    if type(module) not in (nn.CrossEntropyLoss, nn.NLLLoss, *ELEMENTWISE):
         raise InputError(
             f"the loss module {name} is not known to be a mean over samples; "
             "pass a callable(model, batch) -> (sum of the loss terms, number of terms) instead"
         )
     if module.reduction not in ("mean", "sum"):
         raise InputError(f"{name} must have reduction 'mean' or 'sum', got {module.reduction!r}")
-    summing = copy.copy(module)  # shares the class weights; only the attribute below differs
+    summing: Any = copy.copy(module)  # shares the class weights; only the attribute below differs
     summing.reduction = "sum"
     summing.__dict__.update(size_average=None, reduce=None)
     if isinstance(module, ELEMENTWISE):
@@ -116,7 +116,12 @@ def _classification(module: nn.Module, outputs: Tensor, targets: Tensor) -> SumA
 
     Token logits [N, T, C] with targets [N, T] are also taken, with the classes moved to where torch wants them.
     """
-    if outputs.ndim == 3 and targets.shape == outputs.shape[:2] and targets.shape[1:] != outputs.shape[2:]:
+    if outputs.ndim == 3 and targets.shape == outputs.shape[:2]:
+        if outputs.shape[1] == outputs.shape[2]:
+            raise DataError(
+                f"logits of shape {tuple(outputs.shape)} with labels of shape {tuple(targets.shape)} may mean "
+                "[N, T, C] or [N, C, T]; flatten them to [N * T, C] and [N * T], or pass a loss callable"
+            )
         outputs = outputs.transpose(1, 2)
     class_axis = 1 if outputs.ndim > 1 else 0
     classes = outputs.shape[class_axis]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hesscope.core.errors import DataError, HesscopeError, InputError, ModelError
 from hesscope.core.vectors import ParameterSpace
-from hesscope.objective.batches import as_batches, fingerprint, split_batch, to_device
+from hesscope.objective.batches import as_batches, cloned, fingerprint, split_batch, tensors_in, to_device
 from hesscope.objective.isolation import call_with, isolated
 from hesscope.objective.losses import BatchLoss, OutputLoss, SumAndTerms, as_loss
 
@@ -23,7 +23,7 @@ class Inspection:
     """What one look at all the data found.
 
     terms: number (or, with class weights, total weight) of the loss terms; unused: parameters no batch depends on;
-    graph_bytes: memory that autograd keeps for the largest batch; output_entries: outputs of the largest batch.
+    graph_bytes: memory that autograd keeps for the largest batch.
     """
 
     terms: float
@@ -31,7 +31,6 @@ class Inspection:
     unused: tuple[str, ...]
     data_fingerprint: str
     graph_bytes: int
-    output_entries: int
 
 
 class Objective:
@@ -53,6 +52,11 @@ class Objective:
     def __init__(self, model: nn.Module, loss: str | nn.Module | Callable[..., Any], data: Any) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)) or hasattr(model, "_orig_mod"):
+            raise ModelError(
+                f"{type(model).__name__} wraps or compiles a model and cannot be differentiated twice reliably; "
+                "pass the module inside"
+            )
         self.model = model
         self.loss = as_loss(loss)
         self.parameters = ParameterSpace.of(model)
@@ -84,11 +88,6 @@ class Objective:
     def graph_bytes(self) -> int:
         """Memory that autograd keeps for one forward pass of the largest batch."""
         return self._inspection.graph_bytes
-
-    @property
-    def output_entries(self) -> int:
-        """Number of the model's outputs on the largest batch (0 for a loss callable)."""
-        return self._inspection.output_entries
 
     def __repr__(self) -> str:
         unused = f", unused: {', '.join(self.unused)}" if self.unused else ""
@@ -150,16 +149,16 @@ class Objective:
         result = call_with(self.model, parameters, lambda model: model(*split.arguments, **split.keywords))
         outputs = _logits(result)
         if outputs.ndim == 3 and _predicts_next_token(self.model) and isinstance(batch, Mapping):
-            return outputs[:, :-1].transpose(1, 2), split.targets[:, 1:]
+            return outputs[:, :-1].flatten(0, 1), split.targets[:, 1:].flatten()
         return outputs, split.targets
 
     def _inspect(self) -> Inspection:
         prints: list[str] = []
         used: set[str] = set()
-        terms, graph_bytes, output_entries = 0.0, 0, 0
+        terms, graph_bytes = 0.0, 0
         with isolated(self.model):
             leaves = {
-                name: p.detach().requires_grad_()
+                name: p.detach().clone().requires_grad_()
                 for name, p in self.model.named_parameters()
                 if name in self.parameters.names
             }
@@ -167,17 +166,22 @@ class Objective:
                 batch = to_device(raw, self.parameters.device)
                 prints.append(fingerprint(raw))
                 saved = _SavedBytes()
-                with torch.autograd.graph.saved_tensors_hooks(saved.count, lambda tensor: tensor):
-                    result, outputs = self._first_evaluation(leaves, batch, index)
+                with (
+                    _told_in_one_line(index),
+                    _nothing_written(leaves, batch) as copy,
+                    torch.autograd.graph.saved_tensors_hooks(saved.count, lambda tensor: tensor),
+                ):
+                    result, outputs = self._evaluate(leaves, copy, index)
                 if not bool(torch.isfinite(result.sum)):
                     raise DataError(f"the loss is {result.sum.item()} on batch {index}; it must be finite")
                 if index == 0:
                     self._require_repeatable(leaves, batch, result.sum, outputs)
-                used |= _used_names(result.sum, leaves)
+                with _told_in_one_line(index):
+                    used |= _used_names(result.sum, leaves)
                 terms += result.terms
                 graph_bytes = max(graph_bytes, saved.total)
-                output_entries = max(output_entries, 0 if outputs is None else outputs.numel())
             self._require_same_second_pass(prints)
+        self._require_independent_samples(len(prints))
         if not prints:
             raise DataError("data is empty: it gave no batch")
         if terms <= 0:
@@ -190,26 +194,12 @@ class Objective:
             unused=tuple(name for name in self.parameters.names if name not in used),
             data_fingerprint=hashlib.blake2b("".join(prints).encode(), digest_size=8).hexdigest(),
             graph_bytes=graph_bytes,
-            output_entries=output_entries,
         )
-
-    def _first_evaluation(
-        self, leaves: Mapping[str, Tensor], batch: Any, index: int
-    ) -> tuple[SumAndTerms, Tensor | None]:
-        """Evaluation whose failure is told in one line: it is the first time that model, loss and data meet."""
-        try:
-            return self._evaluate(leaves, batch, index)
-        except HesscopeError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ModelError(f"the model or its loss failed on batch {index}: {reason}") from error
 
     def _require_repeatable(
         self, leaves: Mapping[str, Tensor], batch: Any, loss_sum: Tensor, outputs: Tensor | None
     ) -> None:
-        with torch.no_grad():
-            result, again = self._evaluate(leaves, batch, 0)
+        result, again = self._evaluate(leaves, batch, 0)
         pairs = [(loss_sum, result.sum)] if outputs is None or again is None else [(outputs, again)]
         # Rounding may differ between two runs on a GPU; randomness that matters is far above 1000 roundings.
         for first, second in pairs:
@@ -223,6 +213,14 @@ class Objective:
                 raise ModelError(
                     "the model is random in eval mode: two forward passes on batch 0 differ; "
                     "a Hessian needs a deterministic function (look for dropout or noise that ignores model.eval())"
+                )
+
+    def _require_independent_samples(self, batches: int) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None and batches > 1:
+                raise ModelError(
+                    f"{name or 'the model'} is a batch norm without running statistics: the loss depends on how the "
+                    "data is cut into batches; pass the data as one batch, or give it running statistics"
                 )
 
     def _require_same_second_pass(self, prints: list[str]) -> None:
@@ -255,10 +253,43 @@ class _SavedBytes:
         return tensor
 
 
+@contextmanager
+def _told_in_one_line(index: int) -> Iterator[None]:
+    """The first time that model, loss and data meet: whatever fails is told in one line."""
+    try:
+        yield
+    except HesscopeError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"the model or its loss failed on batch {index}: {reason}") from error
+
+
+@contextmanager
+def _nothing_written(leaves: Mapping[str, Tensor], batch: Any) -> Iterator[Any]:
+    """Gives a copy of the batch to evaluate; refuses a forward that writes to its parameters or its inputs."""
+    copy = cloned(batch)
+    before = {id(tensor): tensor._version for tensor in (*leaves.values(), *tensors_in(copy))}
+    yield copy
+    written = [name for name, leaf in leaves.items() if leaf._version != before[id(leaf)]]
+    if written:
+        raise ModelError(
+            f"the forward writes to the parameter {written[0]}, so its loss is no function of the parameters "
+            "(nn.Embedding with max_norm does this; so does clamping in place)"
+        )
+    if any(tensor._version != before[id(tensor)] for tensor in tensors_in(copy)):
+        raise ModelError("the forward writes to its inputs; make it work on a copy of them")
+
+
 def _used_names(loss_sum: Tensor, leaves: Mapping[str, Tensor]) -> set[str]:
     if not loss_sum.requires_grad:
         return set()
     gradients = torch.autograd.grad(loss_sum, list(leaves.values()), allow_unused=True)
+    for name, gradient in zip(leaves, gradients, strict=True):
+        if gradient is not None and gradient.layout != torch.strided:
+            raise ModelError(
+                f"the gradient of {name} is sparse and has no second derivative; build it with sparse=False"
+            )
     return {name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
 
 

@@ -130,6 +130,9 @@ class Operator(ABC):
         import numpy as np
         from scipy.sparse.linalg import LinearOperator
 
+        if self.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"SciPy needs float32 or float64, the operator is {self.dtype}; convert the model first")
+
         def product(V: Any) -> Any:
             column = torch.from_numpy(np.ascontiguousarray(V)).to(self.dtype).to(self.device)
             return (self @ column).cpu().numpy()

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hesscope.core.errors import NoSecondDerivativeError
+from hesscope.core.errors import HesscopeError, ModelError, NoSecondDerivativeError
 
 # Autograd names the operation it cannot differentiate.
 NOT_IMPLEMENTED = re.compile(r"derivative for '?([\w:]+)'? is not implemented")
 
-# Failures of a vectorized backward pass that a plain loop does not have.
-VMAP_FAILURE = re.compile(r"vmap|functorch|batching rule|BatchedTensor|is_grads_batched", re.IGNORECASE)
+# Rounding between two orders of summation, and the asymmetry of a symmetric matrix in products, in units of the dtype's
+# epsilon and relative to the norms; wrong derivatives are off by per cent.
+ROUNDINGS = 1000
 
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn autograd's failure to differentiate twice into a NoSecondDerivativeError that names the operation."""
+    """Tell failures of a derivative in one line; a missing second derivative names its operation."""
     try:
         yield
-    except (RuntimeError, NotImplementedError) as error:
+    except HesscopeError:
+        raise
+    except Exception as error:
         found = NOT_IMPLEMENTED.search(str(error))
-        if found is None:
-            raise
-        raise _no_second_derivative(what, found.group(1)) from error
+        if found is not None:
+            raise _no_second_derivative(what, found.group(1)) from error
+        raise ModelError(f"{what} failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def require_twice_differentiable(loss_sum: Tensor, gradient: Tensor, what: str) -> None:
@@ -44,9 +47,10 @@ def require_twice_differentiable(loss_sum: Tensor, gradient: Tensor, what: str) 
 
 
 def _no_second_derivative(what: str, operation: str) -> NoSecondDerivativeError:
+    hint = " (e.g. attn_implementation='eager')" if "attention" in operation else ""
     return NoSecondDerivativeError(
         f"{what} needs second derivatives, but {operation} has none; replace that operation by one made of "
-        "differentiable PyTorch operations (for attention, e.g. attn_implementation='eager')"
+        f"differentiable PyTorch operations{hint}"
     )
 
 
@@ -61,13 +65,14 @@ def _graph(tensor: Tensor) -> Iterator[Any]:
             yield node
 
 
-def pull_back(output: Tensor, source: Tensor, cotangents: Tensor) -> Tensor:
-    """Vector-Jacobian products: rows d<output, cotangents[k]>/d source, for all k at once where vmap allows it.
+def pull_back(output: Tensor, source: Tensor, cotangents: Tensor, vectorized: bool = True) -> Tensor:
+    """Vector-Jacobian products: rows d<output, cotangents[k]>/d source, for all k at once or one by one.
 
     Args:
         output: any shape S, connected to `source`; its graph is kept.
         source: any shape T.
         cotangents: [K, *S].
+        vectorized: whether to do all k in one pass through vmap.
 
     Returns:
         [K, *T]; zeros if `output` does not depend on `source`.
@@ -75,12 +80,8 @@ def pull_back(output: Tensor, source: Tensor, cotangents: Tensor) -> Tensor:
     count = cotangents.shape[0]
     if not output.requires_grad:
         return source.new_zeros((count, *source.shape))
-    if count > 1:
-        try:
-            return _one_pass(output, source, cotangents, batched=True)
-        except RuntimeError as error:
-            if not VMAP_FAILURE.search(str(error)):
-                raise
+    if count > 1 and vectorized:
+        return _one_pass(output, source, cotangents, batched=True)
     return torch.stack([_one_pass(output, source, cotangent, batched=False) for cotangent in cotangents])
 
 
@@ -91,3 +92,39 @@ def _one_pass(output: Tensor, source: Tensor, cotangents: Tensor, batched: bool)
     if result is None:
         return source.new_zeros((cotangents.shape[0], *source.shape) if batched else source.shape)
     return result
+
+
+def vectorizes(multiply: Callable[[Tensor, bool], Tensor], example: Tensor) -> bool:
+    """Whether products through vmap work, and equal those one by one, on two columns `example` [2, P].
+
+    Some operations have no batching rule for their second derivative, and at least one of PyTorch's (group norm) has a
+    wrong one: only trying tells.
+    """
+    try:
+        together = multiply(example, True)
+    except Exception:  # any failure of vmap's; the loop decides whether the model itself fails
+        return False
+    return agree(together, multiply(example, False))
+
+
+def agree(first: Tensor, second: Tensor) -> bool:
+    """Whether two results are equal up to rounding."""
+    allowed = ROUNDINGS * torch.finfo(first.dtype).eps * max(float(first.norm()), float(second.norm()))
+    return float((first - second).norm()) <= allowed
+
+
+def require_symmetric(multiply: Callable[[Tensor, bool], Tensor], example: Tensor, what: str) -> None:
+    """Raise ModelError unless u.Hv = v.Hu for the rows u, v of `example` [2, P].
+
+    A Hessian is symmetric unless an operation's second derivative is wrong: PyTorch's own of weight_norm, gradients
+    scaled by frequency, some custom functions whose backward detaches. Nothing else would show.
+    """
+    u, v = example
+    Hu, Hv = multiply(example, False)
+    gap = abs(float(u @ Hv) - float(v @ Hu))
+    scale = float(u.norm() * Hv.norm() + v.norm() * Hu.norm())
+    if gap > ROUNDINGS * torch.finfo(example.dtype).eps * scale:
+        raise ModelError(
+            f"{what} is not symmetric (relative gap {gap / scale:.1g}): an operation has a wrong second derivative, "
+            "like torch's weight_norm, Embedding(scale_grad_by_freq=True) or a custom function whose backward detaches"
+        )

@@ -34,7 +34,15 @@ class Partition:
     unmatched: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.assignment.setflags(write=False)
+        own = np.array(self.assignment, dtype=np.int32)
+        if own.ndim != 1 or own.size == 0 or set(np.unique(own).tolist()) != set(range(len(self.labels))):
+            raise PartitionError(
+                f"assignment must be a vector that uses each of the {len(self.labels)} blocks' numbers"
+            )
+        if len(set(self.labels)) != len(self.labels):
+            raise PartitionError("labels must differ from each other")
+        own.setflags(write=False)
+        object.__setattr__(self, "assignment", own)
 
     @property
     def size(self) -> int:
@@ -54,6 +62,11 @@ class Partition:
         if label not in self.labels:
             raise InputError(f"no block is named {label!r}{nearest(label, self.labels)}")
         return np.flatnonzero(self.assignment == self.labels.index(label))
+
+    def members(self) -> list[npt.NDArray[np.int64]]:
+        """Positions of every block's parameters, block by block."""
+        order = np.argsort(self.assignment, kind="stable")
+        return np.split(order, np.cumsum(self.sizes)[:-1])
 
     def require_fits(self, size: int) -> None:
         """Raise PartitionError unless the partition covers exactly `size` parameters."""

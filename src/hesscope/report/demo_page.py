@@ -225,7 +225,7 @@ def _energy_figure(folder: Path, measured: Mapping[tuple[str, str], Measured]) -
         width, blocks = len(at.hidden), len(at.energies.hessian.labels)
         title = f"{LOSS_NAMES[loss]}, {TIME_NAMES[time]}"
         image = figures.energy_map(axes, at.energies.hessian.values, title, "")
-        figures.group_borders(axes, [width])
+        figures.group_borders(axes, [width], blocks)
         names = [f"{width} hidden", f"{blocks - width} output"]
         middles = [(width - 1) / 2, (width + blocks - 1) / 2]
         axes.set_xticks(middles, names)

@@ -19,6 +19,7 @@ Array = npt.NDArray[Any]
 ENTRY_DECADES = 5
 ENERGY_DECADES = 6
 PIXELS = 600
+NAME_LENGTH = 24
 
 # Energies this far below the largest are rounding of float64 (its square), and are drawn as zero.
 ROUNDING = 1e-28
@@ -48,17 +49,19 @@ def energy_map(axes: Axes, energies: Array, title: str, xlabel: str = "block", n
     axes.set_title(title)
     axes.set_xlabel(xlabel)
     if names:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+        short = [_shortened(name) for name in names]
+        axes.set_xticks(range(len(names)), short, rotation=90, fontsize=9, parse_math=False)
+        axes.set_yticks(range(len(names)), short, fontsize=9, parse_math=False)
     _frame(axes)
     return image
 
 
-def group_borders(axes: Axes, edges: Sequence[int]) -> None:
-    """Mark the borders between groups of blocks (layers) in an energy map."""
+def group_borders(axes: Axes, edges: Sequence[int], blocks: int) -> None:
+    """Mark the borders between groups of blocks (layers) in an energy map, thinner than its cells."""
+    width = min(1.0, 30 / blocks)
     for edge in edges:
-        axes.axhline(edge - 0.5, color="white", linewidth=1.0)
-        axes.axvline(edge - 0.5, color="white", linewidth=1.0)
+        axes.axhline(edge - 0.5, color="white", linewidth=width)
+        axes.axvline(edge - 0.5, color="white", linewidth=width)
 
 
 def colour_bar(fig: Figure, image: Any, axes: Any, label: str) -> None:
@@ -143,6 +146,12 @@ def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure
     """A figure with a grid of axes, [rows, columns]."""
     fig = figure(width, height)
     return fig, fig.subplots(rows, columns, squeeze=False)
+
+
+def _shortened(name: str) -> str:
+    """At most NAME_LENGTH characters, with both ends: names differ at either."""
+    half = NAME_LENGTH // 2
+    return name if len(name) <= NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _frame(axes: Axes) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from hesscope.core.files import atomic_path
 from hesscope.report.style import number, one_part_in, percent, styled
 
 PNG_DPI = 140
@@ -36,7 +36,6 @@ class Picture:
 def picture(folder: Path, name: str, fig: Figure, alt: str) -> Picture:
     """Save a figure as PNG and PDF under folder/figures, and return it for the page."""
     target = folder / "figures"
-    target.mkdir(parents=True, exist_ok=True)
     with styled():
         fig.draw_without_rendering()  # lays the figure out once, for both formats
         fig.set_layout_engine("none")
@@ -46,7 +45,8 @@ def picture(folder: Path, name: str, fig: Figure, alt: str) -> Picture:
             # No date in the file: equal results give equal bytes.
             fig.savefig(content, format=ending, dpi=PNG_DPI, metadata={"CreationDate": None} if ending == "pdf" else {})
             contents[ending] = content.getvalue()
-            write_atomically(target / f"{name}.{ending}", contents[ending])
+            with atomic_path(target / f"{name}.{ending}") as temporary:
+                temporary.write_bytes(contents[ending])
     return Picture(name, base64.b64encode(contents["png"]).decode(), alt)
 
 
@@ -56,16 +56,6 @@ def write_page(path: Path, template: str, context: Mapping[str, Any]) -> Path:
         loader=PackageLoader("hesscope.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters.update(number=number, percent=percent, one_part_in=one_part_in)
-    write_atomically(path, environment.get_template(template).render(context).encode())
+    with atomic_path(path) as temporary:
+        temporary.write_text(environment.get_template(template).render(context), encoding="utf-8")
     return path
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves either the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 # Tables show this many rows; everything is in the result file. Tick labels are legible for this many blocks.
 ROWS_SHOWN = 20
 BLOCKS_LABELLED = 30
+KINDS = {
+    "tensor": "tensor",
+    "layer": "layer",
+    "row": "row (output neuron, channel or token)",
+    "column": "column (input)",
+    "head": "attention head",
+}
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,17 @@ def write_study_page(folder: Path, result: xr.Dataset, command: str) -> Path:
     energies = SplitEnergies.from_xarray(result)
     groups = _groups(energies.hessian.labels)
     with styled():
-        pictures = {"energies": _energy_figure(folder, energies, groups)}
+        maps = _energy_figures(folder, energies, groups)
+        pictures = {}
         if "hessian" in result:
             pictures["hessian"] = _hessian_figure(folder, result)
             pictures["eigenvalues"] = _eigenvalue_figure(folder, result)
     context = {
         "headline": _headline(energies, result.attrs),
+        "maps": maps,
         "pictures": pictures,
+        "eigenvalues": _extremes(result),
+        "config": json.loads(result.attrs["config"]),
         "totals": [_total_row(part, energies.parts[part]) for part in energies.parts],
         "groups": [row for group in groups if (row := _group_row(group, energies.hessian)) is not None],
         "blocks": _block_rows(energies.hessian),
@@ -62,11 +74,11 @@ def with_error(value: float, stderr: float) -> str:
 def _headline(energies: SplitEnergies, attributes: Any) -> str:
     hessian = energies.hessian
     share, error = hessian.diagonality, hessian.diagonality_stderr
-    if not np.isfinite(share):
+    if hessian.total == 0:
         return "The Hessian is zero: the loss is linear in the parameters."
     spread = "" if error == 0 else f" (± {number(100 * error, 1)} points, one standard error)"
     scheme = attributes["partition"]
-    cut = f"In the partition {scheme}" if ":" in scheme else f"With one block per {scheme}"
+    cut = f"With one block per {KINDS[scheme]}" if scheme in KINDS else f"In the partition {scheme}"
     return (
         f"{cut}, {percent(share)}{spread} of the Hessian’s energy lies in its {len(hessian.labels):,} diagonal blocks."
     )
@@ -85,7 +97,9 @@ def _total_row(part: str, energies: BlockEnergies) -> dict[str, Any]:
     return {
         "part": PART_NAMES[part],
         "total": with_error(energies.total, error),
-        "diagonality": with_error(100 * energies.diagonality, 100 * energies.diagonality_stderr) + " %",
+        "diagonality": with_error(100 * energies.diagonality, 100 * energies.diagonality_stderr) + " %"
+        if energies.total > 0
+        else "—",
     }
 
 
@@ -102,7 +116,7 @@ def _group_row(group: Group, energies: BlockEnergies) -> dict[str, Any] | None:
         "size": sizes.pop(),
         "ratio": with_error(ratio, energies.off_diagonal_ratio_stderr(group.labels)) if np.isfinite(ratio) else "—",
         "inverse": ratio,
-        "share": within / energies.total,
+        "share": within / energies.total if energies.total > 0 else 0.0,
     }
 
 
@@ -122,7 +136,7 @@ def _block_rows(energies: BlockEnergies) -> list[dict[str, Any]]:
 
 
 def _pair_rows(energies: BlockEnergies) -> list[dict[str, Any]]:
-    """The off-diagonal pairs that are most coupled: ||H_ij||^2 relative to ||H_ii|| ||H_jj||."""
+    """The off-diagonal pairs of largest energy, also relative to ||H_ii|| ||H_jj||."""
     values = (energies.values + energies.values.T) / 2
     scale = np.sqrt(np.outer(np.diag(values), np.diag(values)))
     coupling = np.divide(values, scale, out=np.zeros_like(values), where=scale > 0)
@@ -141,6 +155,15 @@ def _pair_rows(energies: BlockEnergies) -> list[dict[str, Any]]:
     ]
 
 
+def _extremes(result: xr.Dataset) -> dict[str, float]:
+    """Largest and smallest eigenvalue, and how many are below zero by more than rounding; empty without eigenvalues."""
+    if "eigenvalue" not in result:
+        return {}
+    values = result["eigenvalue"].to_numpy()
+    precision = np.finfo(result.attrs["dtype"]).eps * len(values) * np.abs(values).max()
+    return {"largest": values[-1], "smallest": values[0], "negative": int((values < -precision).sum())}
+
+
 def _names(value: Any) -> list[str]:
     """A netCDF attribute that was written as a list of strings (an empty list and a single string come back bare)."""
     if value is None or isinstance(value, str):
@@ -148,30 +171,33 @@ def _names(value: Any) -> list[str]:
     return [str(name) for name in np.atleast_1d(value)]
 
 
-def _energy_figure(folder: Path, energies: SplitEnergies, groups: list[Group]) -> Picture:
+def _energy_figures(folder: Path, energies: SplitEnergies, groups: list[Group]) -> dict[str, Picture]:
+    """One map for H, G and R each, relative to its own largest energy; H's has names where they are legible."""
     labels = energies.hessian.labels
-    count = len(energies.parts)
-    named = labels if len(labels) <= BLOCKS_LABELLED else ()
-    fig, grid = figures.panels(1, count, 4.2 * count + 1.2, 4.6 + (1.4 if named else 0.0))
-    image = None
-    edges = np.cumsum([len(group.labels) for group in groups])[:-1]
+    edges = np.cumsum([len(group.labels) for group in groups])[:-1].tolist()
     contiguous = [label for group in groups for label in group.labels] == list(labels)
-    for (part, each), axes in zip(energies.parts.items(), grid[0], strict=True):
+    pictures = {}
+    for part, each in energies.parts.items():
+        named = labels if part == "H" and len(labels) <= BLOCKS_LABELLED else ()
+        fig, grid = figures.panels(1, 1, 7.6 if part == "H" else 5.4, 6.4 if part == "H" else 4.4)
+        axes = grid[0, 0]
         image = figures.energy_map(axes, each.values, PART_NAMES[part], "" if named else "block", named)
-        if contiguous and len(groups) < len(labels):
-            figures.group_borders(axes, edges.tolist())
-    for axes in grid[0, 1:]:
-        axes.set_yticks([])
-    figures.colour_bar(fig, image, grid, "block energy / largest block energy")
-    return picture(folder, "energies", fig, "Energy of every pair of blocks")
+        if contiguous and 1 < len(groups) < len(labels):
+            figures.group_borders(axes, edges, len(labels))
+        figures.colour_bar(fig, image, axes, "block energy / largest block energy")
+        pictures[part] = picture(folder, f"energies-{part}", fig, f"Energy of every pair of blocks, {PART_NAMES[part]}")
+    return pictures
 
 
 def _hessian_figure(folder: Path, result: xr.Dataset) -> Picture:
+    """|H| with its parameters in the order of the blocks."""
+    order = np.argsort(result["block_of_parameter"].to_numpy(), kind="stable")
     fig, grid = figures.panels(1, 1, 7.2, 6.0)
     sizes = [int(size) for size in result["block_size"]]
     borders = sizes if len(sizes) <= 200 else []
-    image = figures.hessian_map(grid[0, 0], result["hessian"].to_numpy(), borders, "")
-    figures.colour_bar(fig, image, grid, "|entry| / largest |entry|")
+    image = figures.hessian_map(grid[0, 0], result["hessian"].to_numpy()[np.ix_(order, order)], borders, "")
+    grid[0, 0].set_xlabel("parameter, in the order of the blocks")
+    figures.colour_bar(fig, image, grid[0, 0], "|entry| / largest |entry|")
     return picture(folder, "hessian", fig, "Magnitude of the Hessian's entries")
 
 

@@ -57,17 +57,19 @@ def number(value: float, digits: int = 3) -> str:
 def percent(share: float) -> str:
     """A share as a percentage with one decimal, more where that would round to 0 or 100."""
     if not math.isfinite(share):
-        return "undefined"
+        return "—"
     text = f"{100 * share:.1f}"
     if text == "0.0" and share != 0:
-        return f"{100 * share:.1g} %"
+        return f"{100 * share:.1g}\N{NO-BREAK SPACE}%"
     if text == "100.0" and share != 1:
-        return f"{100 * share:.4f} %"
-    return f"{text} %"
+        return f"{100 * share:.4f}\N{NO-BREAK SPACE}%"
+    return f"{text}\N{NO-BREAK SPACE}%"
 
 
 def one_part_in(ratio: float) -> str:
-    """An off-diagonal ratio r in words: '1 part in 65' (1/r), 'exact' for 0."""
+    """An off-diagonal ratio r in words: '1 part in 65' (1/r), 'exact' for 0, '2.2 times the diagonal' from 1 on."""
     if ratio == 0:
         return "exact"
+    if ratio >= 1:
+        return f"{number(ratio, 2)} times the diagonal"
     return f"1 part in {number(1 / ratio, 2 if ratio > 0.01 else 3)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from hesscope._version import __version__
-from hesscope.core.memory import human_bytes
+from hesscope.core.errors import InputError
+from hesscope.core.memory import human_bytes, require_memory
+from hesscope.core.rng import normal, stream
 from hesscope.estimate.block_energies import (
     EXACT_SIZE,
     Method,
@@ -26,6 +28,7 @@ from hesscope.estimate.block_energies import (
 )
 from hesscope.estimate.energies import BlockEnergies, SplitEnergies
 from hesscope.objective import Objective
+from hesscope.objective.batches import fingerprint
 from hesscope.objective.losses import OutputLoss
 from hesscope.operators import GaussNewton, Hessian, Operator
 from hesscope.partition import Partition
@@ -72,21 +75,33 @@ class Study:
     @cached_property
     def store(self) -> Store:
         """Where the results go, under a fingerprint of all that they depend on."""
-        digest = hashlib.blake2b(digest_size=8)
-        parameters = dict(self.objective.model.named_parameters())
-        for name in self.objective.parameters.names:
-            digest.update(parameters[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        for what in (
-            __version__,
-            self.objective.loss.name,
-            self.objective.data_fingerprint,
-            self.partition.labels,
-            self.method,
-            self.config.seed,
-        ):
-            digest.update(repr(what).encode())
-        digest.update(self.partition.assignment.tobytes())
-        return Store(self.folder, digest.hexdigest())
+        objective = self.objective
+        loss = objective.loss
+        # Values and gradients stand for what has no content to hash: the code of the model and of a loss callable.
+        content = {
+            "versions": (__version__, torch.__version__),
+            "settings": (repr(self.method), self.config.seed, self.config.partition, self.config.model),
+            "model": {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())},
+            "loss": {
+                name: repr(value) for name, value in vars(getattr(loss, "module", loss)).items() if name[0] != "_"
+            },
+            "loss_weights": dict(loss.module.named_buffers()) if isinstance(loss, OutputLoss) else {},
+            "data": objective.data_fingerprint,
+            "partition": (*self.partition.labels, self.partition.assignment),
+            "function": (f"{self.value:.5e}", [f"{entry:.3e}" for entry in self.gradient_summary]),
+        }
+        return Store(self.folder, fingerprint(content))
+
+    @cached_property
+    def value(self) -> float:
+        """L at the model's parameters."""
+        return self.objective.value()
+
+    @cached_property
+    def gradient_summary(self) -> tuple[float, float]:
+        """Norm of the gradient, and its product with a fixed random vector."""
+        gradient = self.objective.gradient().double().cpu()
+        return float(gradient.norm()), float(gradient @ normal((len(gradient),), stream(0, "gradient summary")))
 
 
 def prepare(config: StudyConfig, base: Path) -> Study:
@@ -101,9 +116,21 @@ def prepare(config: StudyConfig, base: Path) -> Study:
         data = loading.load_data(config.data, config.data_arguments, config.loss)
         objective = Objective(model, loading.load_loss(config.loss), data)
         partition = loading.load_partition(config.partition, model)
+    if objective.parameters.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"the parameters are {objective.parameters.dtype}; studies need float32 or float64: "
+            "convert the model (and its data) in the functions that make them"
+        )
     partition.require_fits(objective.parameters.size)
     method = choose_method(objective.parameters.size, len(partition), config.method, config.probes)
-    return Study(config, base / config.output, objective, partition, method)
+    study = Study(config, base / config.output, objective, partition, method)
+    require_memory(
+        expected_bytes(study),
+        objective.parameters.device,
+        f"this study ({len(partition):,} blocks, {method.name})",
+        "fewer probes or a coarser partition",
+    )
+    return study
 
 
 def describe(study: Study) -> list[tuple[str, str]]:
@@ -170,8 +197,7 @@ def run(study: Study, report: Reporter) -> int:
         steps = []
     final = Step(RESULT, "putting the results together", 0.02 * study.method.products, lambda _: _merge(study, names))
     found = run_steps([*steps, final], store, report)
-    for name in names:
-        store.remove(name)
+    store.clear("part-")
     return found
 
 
@@ -213,7 +239,7 @@ def _exact_part(study: Study, covered: range, progress: Progress) -> xr.Dataset:
         columns = with_difference([operator.columns(chunk) for operator in operators])
         energies += np.stack([energies_of_columns(part, partition, chunk) for part in columns])
         if study.keeps_matrix:
-            kept.append(columns[0].cpu().numpy())
+            kept.append(columns[0].double().cpu().numpy())
         progress((chunk.stop - covered.start) / len(covered))
     result = xr.Dataset({"energy": (("part", "row_block", "column_block"), energies)})
     if kept:
@@ -232,29 +258,35 @@ def _probes_part(study: Study, covered: range, progress: Progress) -> xr.Dataset
 
 def _merge(study: Study, names: list[str]) -> xr.Dataset:
     partition, hessian = study.partition, study.operators[0]
-    provenance = energies_provenance(hessian, study.method, study.config.seed)
-    parts = [study.store.require(name) for name in names]
+    whole = (*study.operators, hessian - study.operators[1]) if len(study.operators) == 2 else study.operators
+    provenances = [energies_provenance(operator, study.method, study.config.seed) for operator in whole]
+    named = (partition.labels, partition.sizes)
     if study.method.name == "exact":
-        total = sum((part["energy"].to_numpy() for part in parts[1:]), start=parts[0]["energy"].to_numpy())
-        merged = [BlockEnergies.exact(partition.labels, partition.sizes, matrix, provenance) for matrix in total]
+        total = np.zeros((len(study.part_names), len(partition), len(partition)))
+        for name in names:  # one by one: a part is as large as the result
+            total += study.store.require(name)["energy"].to_numpy()
+        merged = [BlockEnergies.exact(*named, *each) for each in zip(total, provenances, strict=True)]
     else:
-        samples = np.concatenate([part["energy_samples"].to_numpy() for part in parts], axis=1)
-        merged = [BlockEnergies.from_samples(partition.labels, partition.sizes, each, provenance) for each in samples]
+        samples = np.concatenate([study.store.require(name)["energy_samples"].to_numpy() for name in names], axis=1)
+        merged = [BlockEnergies.from_samples(*named, *each) for each in zip(samples, provenances, strict=True)]
     result = SplitEnergies(dict(zip(study.part_names, merged, strict=True))).to_xarray()
     if study.keeps_matrix:
-        matrix = np.concatenate([part["hessian_columns"].to_numpy() for part in parts], axis=1)
+        columns = [study.store.require(name)["hessian_columns"].to_numpy() for name in names]
+        matrix = np.concatenate(columns, axis=1)
         matrix = (matrix + matrix.T) / 2
         result["hessian"] = (("parameter", "parameter_"), matrix.astype(np.float32))
         result["eigenvalue"] = ("index", np.linalg.eigvalsh(matrix))
+        result["block_of_parameter"] = ("parameter", partition.assignment)
     return result.assign_attrs(
         model=study.config.model,
+        config=json.dumps(study.config.model_dump(exclude_none=True)),
         model_class=type(study.objective.model).__name__,
         loss=study.objective.loss.name,
         partition=study.config.partition,
         unmatched=list(partition.unmatched),
         unused=list(study.objective.unused),
-        value=study.objective.value(),
-        gradient_norm=float(study.objective.gradient().norm()),
+        value=study.value,
+        gradient_norm=study.gradient_summary[0],
         parameters=study.objective.parameters.size,
         terms=study.objective.num_terms,
         method=study.method.name,

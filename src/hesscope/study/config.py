@@ -45,13 +45,13 @@ output = "out/study"
 
 
 class StudyConfig(BaseModel):
-    """The keys of STUDY.toml; `folder` is where the file lies, against which relative paths are resolved."""
+    """The keys of STUDY.toml (see EXAMPLE); relative paths are relative to the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
     model: str
     data: str
-    output: str
+    output: str = Field(min_length=1)
     model_arguments: dict[str, Any] = Field(default_factory=dict)
     data_arguments: dict[str, Any] = Field(default_factory=dict)
     checkpoint: str | None = None

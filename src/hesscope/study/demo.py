@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from hesscope._version import __version__
 from hesscope.core.rng import stream
 from hesscope.core.vectors import ParameterSpace
 from hesscope.data import LabelledData, digits
-from hesscope.estimate.block_energies import block_energies
+from hesscope.estimate.block_energies import Method, block_energies, energies_provenance
 from hesscope.estimate.energies import SplitEnergies
 from hesscope.models import MLP, one_hidden
 from hesscope.objective import Objective
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 LOSSES = {"cross_entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
+DENSE = Method("closed_form", 0, 0)
 TIMES = ("initial", "half", "final")
 
 
@@ -115,7 +116,7 @@ def _train(loss: str, settings: DemoSettings, progress: Progress) -> xr.Dataset:
             "parameters": (("time", "parameter"), result.parameters),
         },
         coords={"epoch": np.arange(settings.epochs + 1), "time": np.asarray(TIMES, dtype=object)},
-        attrs={"record": "Trajectory", "loss": loss, **asdict(settings), "version": __version__},
+        attrs={"record": "Trajectory", "loss": loss, **asdict(settings)},
     )
 
 
@@ -128,14 +129,18 @@ def _measure(trajectory: xr.Dataset, loss: str, time: str, settings: DemoSetting
         for name, tensor in ParameterSpace.of(model).unflatten(vector).items():
             model.get_parameter(name).copy_(tensor)
     objective = Objective(model, loss, training.batch(loss))
-    hessian = Hessian(objective)
+    hessian, gauss_newton = Hessian(objective), GaussNewton(objective)
     H = hessian.dense()
     progress(0.5)
-    G = GaussNewton(objective).dense()
+    G = gauss_newton.dense()
     progress(0.9)
     partition = Partition.by_row(model)
-    parts = {"H": H, "G": G, "R": H - G}
-    result = SplitEnergies({name: block_energies(matrix, partition) for name, matrix in parts.items()}).to_xarray()
+    parts = {"H": (H, hessian), "G": (G, gauss_newton), "R": (H - G, hessian - gauss_newton)}
+    energies = {
+        part: replace(block_energies(matrix, partition), provenance=energies_provenance(operator, DENSE, settings.seed))
+        for part, (matrix, operator) in parts.items()
+    }
+    result = SplitEnergies(energies).to_xarray()
     result["hessian"] = (("parameter", "parameter_"), H.float().numpy())
     result["eigenvalue"] = ("index", torch.linalg.eigvalsh(H).numpy())
     return result.assign_attrs(
@@ -144,8 +149,6 @@ def _measure(trajectory: xr.Dataset, loss: str, time: str, settings: DemoSetting
         epoch=int(trajectory["kept_epoch"].sel(time=time)),
         value=objective.value(),
         gradient_norm=float(objective.gradient().norm()),
-        engine=f"dense; {hessian.dense_engine}",
-        data_fingerprint=objective.data_fingerprint,
         seed=settings.seed,
         classes=training.classes,
         inputs=training.inputs.shape[1],
@@ -160,12 +163,14 @@ def _predict(settings: DemoSettings) -> xr.Dataset:
 
     training, _ = _data(settings)
     gamma = training.inputs.shape[1] / len(training)
-    forces = [static_force("one_hidden", loss, training.classes, gamma, settings.width) for loss in LOSSES]
+    forces = [
+        static_force("one_hidden", loss, training.classes, gamma, settings.width, settings.seed) for loss in LOSSES
+    ]
     return xr.Dataset(
         {
             name: ("loss", np.asarray([getattr(force, name) for force in forces]))
             for name in ("hidden_ratio", "hidden_stderr", "output_ratio", "output_stderr")
         },
         coords={"loss": np.asarray(list(LOSSES), dtype=object)},
-        attrs={"record": "StaticForce", "gamma": gamma, "classes": training.classes, "width": settings.width},
+        attrs={"record": "StaticForce", "gamma": gamma, "classes": training.classes, **asdict(settings)},
     )

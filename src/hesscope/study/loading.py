@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def call_factory(key: str, path: str, arguments: dict[str, Any]) -> Any:
         return factory(**arguments)
     except HesscopeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{key} = {path!r} failed: {_one_line(error)}") from error
 
 
@@ -110,7 +111,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         *([_shown(misfits)] if misfits else []),
     ]
     if problems:
-        raise InputError(f"checkpoint {path} does not fit the model: {'; '.join(problems)}")
+        hint = "; its names begin with 'module.', strip that" if all(n.startswith("module.") for n in tensors) else ""
+        raise InputError(f"checkpoint {path} does not fit the model: {'; '.join(problems)}{hint}")
     model.load_state_dict(tensors, strict=False)
 
 
@@ -153,12 +155,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"checkpoint {path} cannot be read: {_one_line(error)[:200]}") from error
+        first = _one_line(error).split(". ")[0]
+        raise InputError(
+            f"checkpoint {path} cannot be read (it must hold tensors only, a state_dict): {first}"
+        ) from error
     for key in NESTED_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"checkpoint {path} is not a dict of tensors (a state_dict)")
+        accepted = ", ".join(repr(key) for key in NESTED_KEYS)
+        raise InputError(f"checkpoint {path} is not a dict of tensors (a state_dict), nor has it one under {accepted}")
     return dict(content)
 
 
@@ -167,5 +173,6 @@ def _shown(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + more
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _one_line(error: BaseException) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}"

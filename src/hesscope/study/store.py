@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 import xarray as xr
 
+from hesscope._version import __version__
 from hesscope.core.errors import InputError
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to `path` when the body succeeds, removed when it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from hesscope.core.files import TEMPORARY_SUFFIX, atomic_path
 
 
 @dataclass(frozen=True)
@@ -44,11 +35,17 @@ class Store:
         return self.load(name) is not None
 
     def load(self, name: str) -> xr.Dataset | None:
-        """The step's result in memory; None if it is not there or was made under other settings."""
+        """The step's result in memory; None if it is not there, was made under other settings or cannot be read.
+
+        A file that cannot be read (a full disk, a stray copy) counts as not there: its step is computed again.
+        """
         path = self.path(name)
         if not path.exists():
             return None
-        result = open_result(path)
+        try:
+            result = open_result(path)
+        except InputError:
+            return None
         return result if result.attrs.get("settings") == self.settings else None
 
     def require(self, name: str) -> xr.Dataset:
@@ -59,9 +56,13 @@ class Store:
         return result
 
     def save(self, name: str, result: xr.Dataset) -> None:
-        """Write a result atomically, compressed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        labelled = result.assign_attrs(settings=self.settings, step=name)
+        """Write a result atomically, compressed, with the versions of what made it."""
+        labelled = result.assign_attrs(
+            settings=self.settings,
+            step=name,
+            version=__version__,
+            versions=f"PyTorch {torch.__version__}, NumPy {np.__version__}, Python {platform.python_version()}",
+        )
         encoding = {
             variable: {"zlib": True, "complevel": 2}
             for variable, data in result.data_vars.items()
@@ -70,9 +71,11 @@ class Store:
         with atomic_path(self.path(name)) as temporary:
             labelled.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
 
-    def remove(self, name: str) -> None:
-        """Delete a step's result, if there is one."""
-        self.path(name).unlink(missing_ok=True)
+    def clear(self, prefix: str) -> None:
+        """Delete the results of all steps whose names begin with `prefix`, and what killed runs left half-written."""
+        litter = [*self.folder.glob(f"results-{prefix}*.nc"), *self.folder.glob(f".results-*{TEMPORARY_SUFFIX}")]
+        for path in litter:
+            path.unlink(missing_ok=True)
 
 
 def open_result(path: Path) -> xr.Dataset:
@@ -84,5 +87,5 @@ def open_result(path: Path) -> xr.Dataset:
     try:
         with xr.open_dataset(path, engine="h5netcdf") as dataset:
             return dataset.load()
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"cannot read {path}: {error}") from error

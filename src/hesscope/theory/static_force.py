@@ -59,8 +59,8 @@ def static_force(model: str, loss: str, classes: int, gamma: float, width: int, 
     require_positive_int("width", width)
     if classes < 2:
         raise InputError(f"classes must be at least 2, got {classes}")
-    if not gamma > 0:
-        raise InputError(f"gamma must be positive, got {gamma}")
+    if not 0 < gamma < float("inf"):
+        raise InputError(f"gamma must be positive and finite, got {gamma}")
     if loss == "mse":
         constant = (1 / 16 + gamma / 4) / (1 / 4 + gamma / 2)
         return StaticForce(constant / (classes + 2), 0.0, 0.0, 0.0, constant, 0.0)

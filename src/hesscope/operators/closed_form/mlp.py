@@ -17,6 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from hesscope.core.errors import DataError
 from hesscope.models.mlp import ACTIVATIONS, MLP
 from hesscope.objective.batches import split_batch
 from hesscope.objective.losses import OutputLoss, output_gradient
@@ -77,6 +78,8 @@ def dense(objective: Objective, network: Network, gauss_newton: bool = False) ->
             assert split.targets is not None
             for x, y in _sample_tiles(split.arguments[0], split.targets, shapes):
                 _add_tile(H, objective, network, tensors, starts, x, y, gauss_newton)
+            if not bool(H.isfinite().all()):
+                raise DataError(f"the closed form of the Hessian is not finite on batch {index}")
         H /= objective.num_terms
         _mirror_(H)
         return _to_parameter_order(H, shapes, has_bias, starts) if any(has_bias) else H
