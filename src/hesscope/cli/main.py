@@ -32,8 +32,10 @@ app = typer.Typer(
 def main() -> None:
     """Entry point: bad input is one line on standard error and exit code 2, an interruption 130."""
     # Threads of GNU OpenMP (PyTorch's on Linux) spin at barriers; beside one other busy process that made a dense
-    # Hessian 20 times slower here. Spinning briefly costs nothing when the machine is free. Read when torch is loaded.
+    # Hessian 20 times slower here. Spinning briefly costs nothing when the machine is free. NumPy multiplies small
+    # matrices only, which its threads slow down likewise. Both are read when the libraries are loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, _interrupt)  # a batch system's end of time is as good as Ctrl-C
     try:
         code = app(standalone_mode=False)  # typer turns Ctrl-C into the exit code 130

@@ -68,6 +68,7 @@ def colour_bar(fig: Figure, image: Any, axes: Any, label: str) -> None:
     """One colour bar for all maps in `axes`."""
     bar = fig.colorbar(image, ax=axes, shrink=0.8, pad=0.015, extend="min")
     bar.set_label(label)
+    bar.ax.minorticks_off()  # between decades: hundreds of ticks to lay out, for nobody
 
 
 def energy_bars(
@@ -87,6 +88,7 @@ def energy_bars(
                 axes.bar(x, 0, width, bottom=floor, color=COLOURS[part], label=label)
                 axes.text(x, floor * 1.15, "0", ha="center", va="bottom", color=COLOURS[part], fontsize=9)
     axes.set_yscale("log")
+    axes.minorticks_off()
     axes.set_ylim(limits)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_title(title)

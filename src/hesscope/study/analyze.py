@@ -275,7 +275,7 @@ def _merge(study: Study, names: list[str]) -> xr.Dataset:
         matrix = np.concatenate(columns, axis=1)
         matrix = (matrix + matrix.T) / 2
         result["hessian"] = (("parameter", "parameter_"), matrix.astype(np.float32))
-        result["eigenvalue"] = ("index", np.linalg.eigvalsh(matrix))
+        result["eigenvalue"] = ("index", torch.linalg.eigvalsh(torch.from_numpy(matrix)).numpy())
         result["block_of_parameter"] = ("parameter", partition.assignment)
     return result.assign_attrs(
         model=study.config.model,
