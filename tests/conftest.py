@@ -1,5 +1,9 @@
-"""One thread a test process: two OpenMP teams on two cores slow each other down a hundredfold."""
+"""One thread a test process: teams of threads on two cores slow each other down, up to a hundredfold.
 
-import torch
+Set before NumPy and PyTorch are loaded, and inherited by the processes that tests start.
+"""
 
-torch.set_num_threads(1)
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
