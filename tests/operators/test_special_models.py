@@ -10,6 +10,7 @@ import hesscope as hs
 from hesscope.core.errors import InputError, ModelError, NoSecondDerivativeError
 from tests.helpers import (
     F64,
+    OnceSquare,
     inputs_for,
     randint,
     randn,
@@ -131,19 +132,6 @@ def test_logits_of_minus_infinity_are_classes_that_cannot_be():
 
 
 # --- no second derivative ---------------------------------------------------------------------------------------------
-
-
-class OnceSquare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        return 2 * x * gradient
 
 
 class TwiceSquare(torch.autograd.Function):

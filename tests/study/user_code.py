@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hesscope as hs
+from tests.helpers import OnceSquare
 
 
 def network(width: int = 6, dtype: str = "float64") -> nn.Module:
@@ -62,26 +63,13 @@ class Noisy(nn.Module):
         return self.inner(x) + torch.randn(3, dtype=x.dtype)
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 2 * x * g
-
-
 class OnceDifferentiable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = network()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Once.apply(self.inner(x))
+        return OnceSquare.apply(self.inner(x))
 
 
 def huge_network() -> nn.Module:

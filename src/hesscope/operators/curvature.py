@@ -46,6 +46,7 @@ class _Curvature(Operator):
         self.device = objective.parameters.device
         self.data_fingerprint = objective.data_fingerprint
         self._vectorized: dict[int, bool] = {}
+        self._found_symmetric = False
 
     @cached_property
     def _network(self) -> mlp.Network | None:
@@ -107,15 +108,19 @@ class _Curvature(Operator):
         """Build the batch's graph; gives the function from rows to their products, None if they are all zero."""
 
     def _checked(self, multiply: Multiply, index: int, columns: int) -> bool:
-        """Whether to vectorize; the first products of each batch are checked against single ones, and for symmetry."""
+        """Whether to vectorize, found once per batch against single products; symmetry is checked once per operator."""
+        if not self._found_symmetric:
+            require_symmetric(multiply, self._example(), self.name)
+            self._found_symmetric = True
+        if columns == 1:
+            return False
         if index not in self._vectorized:
-            example = normal((2, self.shape[0]), stream(0, "check of products")).to(self.device, self.dtype)
-            if index == 0:
-                require_symmetric(multiply, example, self.name)
-            if columns == 1:
-                return False
-            self._vectorized[index] = vectorizes(multiply, example)
+            self._vectorized[index] = vectorizes(multiply, self._example())
         return self._vectorized[index]
+
+    def _example(self) -> Tensor:
+        """Two random rows [2, P] to check products with."""
+        return normal((2, self.shape[0]), stream(0, "check of products")).to(self.device, self.dtype)
 
 
 class Hessian(_Curvature):
