@@ -1,12 +1,15 @@
 """Random-matrix predictions; knows no networks."""
 
+from hesscope.theory.block_laws import BlockLaws, block_laws
 from hesscope.theory.softmax_moments import pair_moment, softmax_moment, variance_moment
 from hesscope.theory.spectral_law import SpectralLaw, moments_from_weight_moments
 from hesscope.theory.static_force import StaticForce, static_force
 
 __all__ = [
+    "BlockLaws",
     "SpectralLaw",
     "StaticForce",
+    "block_laws",
     "moments_from_weight_moments",
     "pair_moment",
     "softmax_moment",

@@ -1,154 +1,132 @@
 """The static force: off-diagonal ratios r that the architecture alone dictates at random initialization.
 
-Inputs x ~ N(0, I_d), d and N -> infinity with d/N -> gamma, LeCun initialization, width m fixed: [D] and MATH.md,
-sections 4.4 and 4.5.
+Inputs x ~ N(0, I_d), labels uniform and independent of them, weights N(0, (scale)^2 / fan-in): [D], arXiv:2505.02809;
+MATH.md, sections 4.3 to 4.5. Deterministic for the linear model and for squared error as d, N -> infinity, else Monte
+Carlo over random networks with a standard error.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import asin, pi, sqrt
+from dataclasses import dataclass, fields
+from math import exp, inf
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from hesscope.core.checks import require_choice, require_positive_int
 from hesscope.core.errors import InputError
-from hesscope.core.rng import stream
+from hesscope.core.records import Provenance
+from hesscope.theory.ensemble import Ensemble, describe
+from hesscope.theory.softmax_moments import pair_moment, variance_moment
+from hesscope.theory.static_limits import limit_hidden, limit_output, squared_error_hidden
+from hesscope.theory.static_samples import sample_ratios
 
-# Monte Carlo size for cross-entropy: initializations V, and inputs seen by each.
-INITIALIZATIONS = 512
-INPUTS = 256
-
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 @dataclass(frozen=True)
 class StaticForce:
-    """Predicted off-diagonal ratios r of the hidden layer's and the output layer's Hessian at initialization.
+    """Predicted off-diagonal ratios r of the layers' Hessians at initialization (pure numbers).
 
     Attributes:
-        hidden_ratio, output_ratio: r at this number of classes; 0.0 where exactly block-diagonal.
-        hidden_stderr, output_stderr: Monte Carlo standard errors; 0.0 where r is known in closed form.
-        limit_hidden, limit_output: limits of C r and of C^2 r as the number of classes C grows.
+        hidden_ratio, output_ratio: r at this number of classes C; None where there is no such layer, 0.0 where the
+            Hessian is exactly block-diagonal.
+        hidden_stderr, output_stderr: Monte Carlo standard errors; 0.0 where r is deterministic.
+        limit_hidden, limit_output: limits of C r and of C^2 r as d, N and then C grow.
+        provenance: how it was made; `seed` is None if nothing was drawn.
     """
 
-    hidden_ratio: float
+    hidden_ratio: float | None
     output_ratio: float
-    hidden_stderr: float
+    hidden_stderr: float | None
     output_stderr: float
-    limit_hidden: float
+    limit_hidden: float | None
     limit_output: float
+    provenance: Provenance
+
+    def to_xarray(self) -> xr.Dataset:
+        """Scalars by name, with the provenance as attributes; what does not exist is left out."""
+        import xarray as xr
+
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "provenance"}
+        numbers = {name: value for name, value in values.items() if value is not None}
+        return xr.Dataset(numbers, attrs={"record": "StaticForce", **self.provenance.attributes()})
 
 
-def static_force(model: str, loss: str, classes: int, gamma: float, width: int, seed: int = 0) -> StaticForce:
-    """Predict r for a one-hidden-layer ReLU network without bias.
+def static_force(
+    model: str,
+    loss: str,
+    classes: int,
+    gamma: float | None = None,
+    width: int | None = None,
+    *,
+    activation: str = "relu",
+    hidden_scale: float = 1.0,
+    output_scale: float = 1.0,
+    inputs: int | None = None,
+    samples: int | None = None,
+    rtol: float = 0.02,
+    seed: int = 0,
+) -> StaticForce:
+    """Predict r of the linear model o = V x or of one hidden layer o = V s(W x), without bias.
 
     Args:
-        model: "one_hidden".
-        loss: "cross_entropy" (Monte Carlo with standard error) or "mse" (closed form).
-        classes: C >= 2; gamma: inputs per sample d/N > 0; width: m, at least 3 for cross-entropy.
+        model: "linear" or "one_hidden".
+        loss: "cross_entropy" or "mse".
+        classes: C >= 2.
+        gamma: d/N > 0 in the limit of large d and N; or instead
+        inputs, samples: d and N >= 1, for their finite values (Monte Carlo, also where the limit is deterministic).
+        width: m >= 2 of the hidden layer; under cross-entropy also so large that the limits exist, which for ReLU and
+            GELU is m > 2 hidden_scale^2 output_scale^2: m >= 3 at scale 1.
+        activation: "relu", "tanh" or "gelu".
+        hidden_scale, output_scale: standard deviations of the entries of W and V in units of 1 / sqrt(fan-in), that is
+            of LeCun's initialization.
+            The linear model has the output layer only: its width, activation and hidden_scale are not used.
+        rtol: relative standard error at which a Monte Carlo stops. It also stops after about half a minute; heavy tails
+            (m close to its bound) can leave a larger standard error, which the record states.
         seed: root of the Monte Carlo streams.
 
     Raises:
-        InputError: a value outside these ranges.
+        InputError: a value outside these ranges, or that is missing or given twice.
+
+    Source: [D]; MATH.md, sections 4.3 to 4.5; other activations, scales and finite d and N by the same argument.
     """
-    require_choice("model", model, ("one_hidden",))
-    require_choice("loss", loss, ("cross_entropy", "mse"))
-    require_positive_int("classes", classes)
-    require_positive_int("width", width)
-    if classes < 2:
-        raise InputError(f"classes must be at least 2, got {classes}")
-    if not 0 < gamma < float("inf"):
-        raise InputError(f"gamma must be positive and finite, got {gamma}")
+    ensemble = describe(model, loss, classes, gamma, width, activation, hidden_scale, output_scale, inputs, samples)
+    if not 0 < rtol < 1:
+        raise InputError(f"rtol must lie between 0 and 1, got {rtol}")
+    if ensemble.width is None:
+        return _linear(ensemble, rtol, seed)
+    return _one_hidden(ensemble, ensemble.width, rtol, seed)
+
+
+def _linear(ensemble: Ensemble, rtol: float, seed: int) -> StaticForce:
+    C, gamma, scale = ensemble.classes, ensemble.gamma, ensemble.output_scale
+    if ensemble.loss == "mse":
+        return StaticForce(None, 0.0, None, 0.0, None, 0.0, _provenance("exact"))
+    limit = (1 + gamma * exp(2 * scale**2)) / (1 + gamma * exp(scale**2))
+    if ensemble.inputs is not None:
+        sampled = sample_ratios(ensemble, rtol, seed)["output"]
+        return StaticForce(None, sampled.value, None, sampled.stderr, None, limit, _provenance("Monte Carlo", seed))
+    off = pair_moment(1, C, scale) ** 2 + gamma * pair_moment(2, C, scale)
+    diagonal = variance_moment(1, C, scale) ** 2 + gamma * variance_moment(2, C, scale)
+    return StaticForce(None, off / diagonal, None, 0.0, None, limit, _provenance("quadrature of softmax moments"))
+
+
+def _one_hidden(ensemble: Ensemble, m: int, rtol: float, seed: int) -> StaticForce:
+    gamma, loss = ensemble.gamma, ensemble.loss
+    family = (m, ensemble.activation, ensemble.hidden_scale, ensemble.output_scale)
     if loss == "mse":
-        constant = (1 / 16 + gamma / 4) / (1 / 4 + gamma / 2)
-        return StaticForce(constant / (classes + 2), 0.0, 0.0, 0.0, constant, 0.0)
-    if width < 3:
-        raise InputError(
-            f"cross-entropy needs width >= 3 (the moments diverge below, MATH.md section 4.5), got {width}"
-        )
-    hidden, output = _cross_entropy_samples(classes, gamma, width, seed)
-    hidden_ratio, hidden_stderr = _ratio_of_means(hidden)
-    output_ratio, output_stderr = _ratio_of_means(output)
+        limit = squared_error_hidden(inf, gamma, *family)
+        if ensemble.inputs is None:
+            ratio = squared_error_hidden(ensemble.classes, gamma, *family) / ensemble.classes
+            return StaticForce(ratio, 0.0, 0.0, 0.0, limit, 0.0, _provenance("closed form"))
+        hidden = sample_ratios(ensemble, rtol, seed)["hidden"]
+        return StaticForce(hidden.value, 0.0, hidden.stderr, 0.0, limit, 0.0, _provenance("Monte Carlo", seed))
+    limits = limit_hidden(gamma, *family), limit_output(*family)
+    ratios = sample_ratios(ensemble, rtol, seed)
+    hidden, output = ratios["hidden"], ratios["output"]
     return StaticForce(
-        hidden_ratio,
-        output_ratio,
-        hidden_stderr,
-        output_stderr,
-        _limit_hidden(width, gamma),
-        _limit_output(width),
+        hidden.value, output.value, hidden.stderr, output.stderr, *limits, _provenance("Monte Carlo", seed)
     )
 
 
-def _cross_entropy_samples(C: int, gamma: float, m: int, seed: int) -> tuple[Array, Array]:
-    """Unbiased (off-diagonal, diagonal) mean energies, [INITIALIZATIONS, 2] each, for the hidden and output layer.
-
-    Squares of expectations over inputs are estimated by products of independent inputs n != n'.
-    """
-    rng = stream(seed, "static_force", C, m)
-    hidden, output = np.empty((INITIALIZATIONS, 2)), np.empty((INITIALIZATIONS, 2))
-    diagonal = np.eye(m, dtype=bool)
-    for draw in range(INITIALIZATIONS):
-        V = rng.standard_normal((C, m)) / sqrt(m)
-        g = rng.standard_normal((INPUTS, m))
-        h = np.maximum(g, 0.0)
-        logits = h @ V.T
-        p = np.exp(logits - logits.max(axis=1, keepdims=True))
-        p /= p.sum(axis=1, keepdims=True)
-
-        mean = p @ V
-        a = (p @ (V[:, :, None] * V[:, None, :]).reshape(C, m * m)).reshape(-1, m, m)
-        a -= mean[:, :, None] * mean[:, None, :]
-        active = (g > 0).astype(float)
-        weights = a * active[:, :, None] * active[:, None, :]
-        second = (weights**2).mean(axis=0)
-        squared_mean = (INPUTS * weights.mean(axis=0) ** 2 - second) / (INPUTS - 1)
-        energy = squared_mean + gamma * second
-        hidden[draw] = energy[~diagonal].mean(), energy[diagonal].mean()
-
-        gram = (h @ h.T) ** 2
-        np.fill_diagonal(gram, 0.0)
-        q = p * (1 - p)
-        pairs = INPUTS * (INPUTS - 1)
-        off = (gram * ((p @ p.T) ** 2 - (p**2) @ (p**2).T)).sum() / pairs
-        output[draw] = off / (C * (C - 1)), (gram * (q @ q.T)).sum() / pairs / C
-    return hidden, output
-
-
-def _ratio_of_means(samples: Array) -> tuple[float, float]:
-    """Ratio of the two columns' means and its delta-method standard error."""
-    top, bottom = samples.mean(axis=0)
-    residuals = samples[:, 0] - top / bottom * samples[:, 1]
-    return float(top / bottom), float(residuals.std(ddof=1) / sqrt(len(samples)) / bottom)
-
-
-def _limit_hidden(m: int, gamma: float) -> float:
-    """Limit of C r of the hidden layer (MATH.md, section 4.5)."""
-    value, slope, _ = _half_plane(1 / m)
-    A, B = 3 / 4 + value, value / m + slope / m**2
-    root = 1 / sqrt(1 - 2 / m)
-    A2 = (1 + root) / 2
-    B2 = root / 2 * (1 / m + 1 / (m**2 * (1 - 2 / m)))
-    return (A ** (m - 2) * B**2 + gamma * A2 ** (m - 2) * B2**2) / ((1 / 4 + gamma / 2) / m**2)
-
-
-def _limit_output(m: int) -> float:
-    """Limit of C^2 r of the output layer, (F^m)''(2/m) / (F^m)''(1/m) (MATH.md, section 4.5)."""
-
-    def second_derivative(rho: float) -> float:
-        value, slope, curvature = _half_plane(rho)
-        F = 3 / 4 + value
-        return m * (m - 1) * F ** (m - 2) * slope**2 + m * F ** (m - 1) * curvature
-
-    return second_derivative(2 / m) / second_derivative(1 / m)
-
-
-def _half_plane(rho: float) -> tuple[float, float, float]:
-    """I(rho) = (1 - rho^2)^(-1/2) (1/4 + asin(rho)/(2 pi)) and its first two derivatives."""
-    u = 1 - rho**2
-    angle = 1 / 4 + asin(rho) / (2 * pi)
-    value = angle / sqrt(u)
-    slope = rho * value / u + 1 / (2 * pi * u)
-    curvature = value / u + rho * slope / u + 2 * rho**2 * value / u**2 + rho / (pi * u**2)
-    return value, slope, curvature
+def _provenance(engine: str, seed: int | None = None) -> Provenance:
+    return Provenance(engine=f"static force: {engine}", dtype="float64", device="cpu", seed=seed)
