@@ -11,7 +11,8 @@ from hesscope.theory.ensemble import describe
 from hesscope.theory.static_limits import limit_hidden, limit_output, squared_error_hidden
 from hesscope.theory.static_samples import SampledRatio, sample_ratios
 
-C, M, D, N = 5, 4, 64, 128
+C, M = 5, 4
+USUAL = (64, 128)
 ACTIVATIONS = ["relu", "tanh", "gelu"]
 
 
@@ -90,11 +91,12 @@ def activate(name, z):
     return z * below, below + z * density, 2 * density - z**2 * density
 
 
-def simulated_energies(model, loss, activation, scales, rng):
+def simulated_energies(model, loss, activation, scales, sizes, rng):
     """Mean off-diagonal and diagonal energies of H_ww and H_vv of one real network at initialization, [layers, 2].
 
     From MATH.md section 2 in NumPy, no hesscope: H_ij = (1/N) sum_n lambda_n^ij x_n x_n^T, energies in Gram form.
     """
+    D, N = sizes
     x, labels = rng.standard_normal((N, D)), rng.integers(0, C, N)
     if model == "linear":
         h, V = x, rng.standard_normal((C, D)) * scales[1] / D**0.5
@@ -119,16 +121,16 @@ def simulated_energies(model, loss, activation, scales, rng):
     return np.asarray(means)
 
 
-CASES = [("linear", "cross_entropy", "relu", (1.0, 1.3))]
-CASES += [("one_hidden", loss, name, (1.0, 1.0)) for loss in ("cross_entropy", "mse") for name in ACTIVATIONS]
-CASES += [("one_hidden", "cross_entropy", "relu", (0.8, 1.5)), ("one_hidden", "mse", "gelu", (1.6, 0.7))]
+CASES = [("linear", "cross_entropy", "relu", (1.0, 1.3), USUAL), ("one_hidden", "mse", "tanh", (1.0, 1.0), (10, 5))]
+CASES += [("one_hidden", loss, name, (1.0, 1.0), USUAL) for loss in ("cross_entropy", "mse") for name in ACTIVATIONS]
+CASES += [("one_hidden", "cross_entropy", "relu", (0.8, 1.5), USUAL), ("one_hidden", "mse", "gelu", (1.6, 0.7), USUAL)]
 
 
-@pytest.mark.parametrize(("model", "loss", "activation", "scales"), CASES)
-def test_real_networks_at_initialization(model, loss, activation, scales):
+@pytest.mark.parametrize(("model", "loss", "activation", "scales", "sizes"), CASES)
+def test_real_networks_at_initialization(model, loss, activation, scales, sizes):
     """Ratios of mean energies over 2000 networks, at exactly the predicted d and N."""
     rng = np.random.default_rng(0)
-    energies = np.stack([simulated_energies(model, loss, activation, scales, rng) for _ in range(2000)])
+    energies = np.stack([simulated_energies(model, loss, activation, scales, sizes, rng) for _ in range(2000)])
     force = predict(
         model,
         loss,
@@ -138,8 +140,8 @@ def test_real_networks_at_initialization(model, loss, activation, scales):
         activation=activation,
         hidden_scale=scales[0],
         output_scale=scales[1],
-        inputs=D,
-        samples=N,
+        inputs=sizes[0],
+        samples=sizes[1],
     )
     predicted = [(force.hidden_ratio, force.hidden_stderr), (force.output_ratio, force.output_stderr)]
     predicted = predicted[1:] if model == "linear" else predicted
@@ -161,13 +163,13 @@ def test_squared_error_s_closed_form_against_sampling(activation):
     assert sampled.stderr <= 0.01 * sampled.value
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_many_classes_approach_the_limits(activation):
-    """C = 20,000, where finite C shifts ratios by no more than 3 %."""
-    force = predict(classes=20_000, gamma=0.5, activation=activation, output_scale=0.8)
+@pytest.mark.parametrize(("activation", "width", "scale"), [("relu", 8, 0.8), ("tanh", 3, 1.7), ("gelu", 4, 0.9)])
+def test_many_classes_approach_the_limits(activation, width, scale):
+    """C = 10,000, where finite C shifts ratios by no more than 3 %."""
+    force = predict(classes=10_000, gamma=0.1, rtol=0.03, width=width, activation=activation, output_scale=scale)
     for ratio, stderr, limit in (
-        (2e4 * force.hidden_ratio, 2e4 * force.hidden_stderr, force.limit_hidden),
-        (4e8 * force.output_ratio, 4e8 * force.output_stderr, force.limit_output),
+        (1e4 * force.hidden_ratio, 1e4 * force.hidden_stderr, force.limit_hidden),
+        (1e8 * force.output_ratio, 1e8 * force.output_stderr, force.limit_output),
     ):
         assert abs(ratio - limit) <= 3 * stderr + 0.03 * limit
 
