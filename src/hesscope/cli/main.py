@@ -111,6 +111,43 @@ def analyze(
     print(f"page: {page.resolve()}")
 
 
+@app.command()
+def head(
+    model: Annotated[Path, typer.Option(help="Folder with a Hugging Face causal language model and its tokenizer.")],
+    text: Annotated[Path, typer.Option(help="Text in UTF-8 whose next tokens are predicted.")],
+    out: Annotated[Path, typer.Option(help="Folder for the page, the figures and the results.")] = Path("out/head"),
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to use, at most.")] = 1024,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a window; by default the model's positions, at most 512.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Tokens in the table and the block map.")] = 20,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+) -> None:
+    """Measure the output layer of a language model: the energies of all C² token blocks of its Hessian, exactly."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is loaded: a model in a folder needs no network
+    _require_folder(out)
+    from hesscope.study.head import RESULT, HeadSettings, describe_head, head_store, prepare_head, run_head
+
+    settings = HeadSettings(model, text, tokens, context, top, dtype)
+    store = head_store(out, settings)
+    if store.has(RESULT):
+        print("measured before under these settings; only the page is written again")
+    else:
+        study = prepare_head(settings)
+        for what, how_much in describe_head(study, out):
+            print(f"{what + ':':<13}{how_much}", flush=True)
+        with progress_bar() as report:
+            found = run_head(study, store, report)
+        _say_found(found)
+    from hesscope.report.head_page import head_summary, write_head_page
+
+    result = store.require(RESULT)
+    for what, how_much in head_summary(result):
+        print(f"{what + ':':<13}{how_much}")
+    page = write_head_page(out, result, _command())
+    print(f"page: {page.resolve()}")
+
+
 def _require_folder(folder: Path) -> None:
     """Refuse, before any work, an output folder that cannot be written to."""
     nearest = next(place for place in (folder, *folder.resolve().parents) if place.exists())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hesscope.core.errors import InputError, TooLargeError
-from hesscope.operators.closed_form import output_layer_blocks, output_layer_energies
+from hesscope.operators.closed_form import OutputLayerEnergies, output_layer_blocks, output_layer_energies
 
 N, D, C = 40, 6, 50
 
@@ -44,6 +44,34 @@ def test_a_trained_head_whose_probabilities_are_nearly_one_keeps_its_digits():
     features, weight = layer(60.0, torch.float32)
     exact = output_layer_energies(features.double(), weight=weight.double())
     assert output_layer_energies(features, weight=weight).off_diagonal == pytest.approx(exact.off_diagonal, rel=1e-3)
+
+
+@pytest.mark.parametrize("memory", [2**30, 4_000], ids=["one tile", "many tiles"])
+def test_progress_counts_every_tile_once_and_ends_at_the_whole(memory):
+    features, weight = layer()
+    seen = []
+    output_layer_energies(features, weight=weight, memory=memory, progress=lambda *step: seen.append(step))
+    assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
+    assert (len(seen) > 10) == (memory == 4_000)
+
+
+def test_progress_of_a_repetition_in_float64_goes_on_to_the_end():
+    features, weight = layer(60.0, torch.float32)
+    seen = []
+    output_layer_energies(features, weight=weight, progress=lambda *step: seen.append(step))
+    assert seen == [(1, 1), (2, 2)]
+
+
+def test_a_record_survives_xarray():
+    features, weight = layer()
+    energies = output_layer_energies(features, weight=weight)
+    again = OutputLayerEnergies.from_xarray(energies.to_xarray())
+    assert (again.per_class == energies.per_class).all()
+    for name in ("diagonal", "off_diagonal", "ratio", "diagonality", "samples", "classes", "provenance"):
+        assert getattr(again, name) == getattr(energies, name)
+    assert energies.to_xarray().attrs["ratio"] == energies.ratio
+    with pytest.raises(InputError, match="record 'OutputLayerEnergies'"):
+        OutputLayerEnergies.from_xarray(energies.to_xarray().assign_attrs(record="BlockEnergies"))
 
 
 def test_blocks_of_chosen_classes():

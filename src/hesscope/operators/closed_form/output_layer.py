@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,10 @@ from torch import Tensor
 
 from hesscope.core.errors import InputError, TooLargeError
 from hesscope.core.memory import human_bytes
-from hesscope.core.records import Provenance
+from hesscope.core.records import Provenance, require_xarray_kind
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 DEFAULT_MEMORY = 2**30
 MAX_CLASS_TILE = 8192
@@ -32,6 +36,9 @@ MAX_CLASS_TILE = 8192
 CANCELLATION = 1e-2
 
 Array = npt.NDArray[np.float64]
+
+# Called with (tiles done, tiles in all).
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +70,37 @@ class OutputLayerEnergies:
         whole = self.diagonal + self.off_diagonal
         return self.diagonal / whole if whole > 0 else float("nan")
 
+    def to_xarray(self) -> xr.Dataset:
+        """Data set of the diagonal energies with dimension class, the rest as attributes; `from_xarray` reads it."""
+        import xarray as xr
+
+        return xr.Dataset(
+            {"class_energy": ("class", self.per_class)},
+            attrs={
+                "record": "OutputLayerEnergies",
+                "diagonal": self.diagonal,
+                "off_diagonal": self.off_diagonal,
+                "ratio": self.ratio,
+                "diagonality": self.diagonality,
+                "samples": self.samples,
+                "classes": self.classes,
+                **self.provenance.attributes(),
+            },
+        )
+
+    @classmethod
+    def from_xarray(cls, dataset: xr.Dataset) -> OutputLayerEnergies:
+        """Inverse of `to_xarray`; other variables of the data set are ignored."""
+        require_xarray_kind(dataset, "OutputLayerEnergies")
+        return cls(
+            diagonal=float(dataset.attrs["diagonal"]),
+            off_diagonal=float(dataset.attrs["off_diagonal"]),
+            per_class=dataset["class_energy"].to_numpy(),
+            samples=int(dataset.attrs["samples"]),
+            classes=int(dataset.attrs["classes"]),
+            provenance=Provenance.from_attributes(dataset.attrs),
+        )
+
 
 def output_layer_energies(
     features: Tensor,
@@ -71,6 +109,7 @@ def output_layer_energies(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     memory: int = DEFAULT_MEMORY,
+    progress: Progress | None = None,
 ) -> OutputLayerEnergies:
     """Exact diagonal and off-diagonal energies over all class blocks of a softmax output layer, at any C.
 
@@ -79,6 +118,8 @@ def output_layer_energies(
         logits: [N, C]; or instead
         weight: [C, d], with an optional bias [C]: logits are then computed tile by tile, and never held whole.
         memory: bytes to use beside the inputs.
+        progress: called with (tiles done, tiles in all) after every tile; in all grows where the products are repeated
+            in float64.
 
     Sums run in float64; matrix products in the inputs' dtype, and in float64 where float32 would cancel.
 
@@ -88,9 +129,11 @@ def output_layer_energies(
         TooLargeError: `memory` is too small for one tile.
     """
     tiles = _Tiles.of(features, logits, weight, bias, memory)
-    diagonal, first, off = _energies(tiles, features.dtype)
+    tell = progress or (lambda done, whole: None)
+    whole = tiles.count
+    diagonal, first, off = _energies(tiles, features.dtype, lambda done: tell(done, whole))
     if features.dtype != torch.float64 and off < CANCELLATION * first:
-        diagonal, _, off = _energies(tiles, torch.float64)
+        diagonal, _, off = _energies(tiles, torch.float64, lambda done: tell(whole + done, 2 * whole))
     per_class = diagonal.cpu().numpy()
     return OutputLayerEnergies(
         diagonal=float(per_class.sum()),
@@ -177,6 +220,12 @@ class _Tiles:
         row_tile, class_tile = _tile_sizes(N, C, memory)
         return cls(features.detach(), tile, C, row_tile, class_tile)
 
+    @property
+    def count(self) -> int:
+        """Tiles that `_energies` goes through: pairs of row tiles, times class tiles."""
+        rows, columns = len(list(self.rows())), len(list(self.class_slices()))
+        return rows * (rows + 1) // 2 * columns
+
     def rows(self) -> Iterator[slice]:
         N = self.features.shape[0]
         return (slice(start, min(start + self.row_tile, N)) for start in range(0, N, self.row_tile))
@@ -240,13 +289,13 @@ def _log_sum_exp(tiles: _Tiles, rows: slice) -> Tensor:
     return total
 
 
-def _energies(tiles: _Tiles, dtype: torch.dtype) -> tuple[Tensor, float, float]:
+def _energies(tiles: _Tiles, dtype: torch.dtype, progress: Callable[[int], None]) -> tuple[Tensor, float, float]:
     """Diagonal energies [C], the off-diagonal energy's first term, and the off-diagonal energy."""
     features, device = tiles.features, tiles.features.device
     N = features.shape[0]
     normalizer = torch.cat([_log_sum_exp(tiles, rows) for rows in tiles.rows()])
     diagonal = torch.zeros(tiles.classes, dtype=torch.float64, device=device)
-    first, off = 0.0, 0.0
+    first, off, done = 0.0, 0.0, 0
     row_slices = list(tiles.rows())
     for number, upper in enumerate(row_slices):
         for lower in row_slices[number:]:
@@ -261,6 +310,8 @@ def _energies(tiles: _Tiles, dtype: torch.dtype) -> tuple[Tensor, float, float]:
                 diagonal[columns] += twice * ((narrow @ q_) * q).sum(dim=0, dtype=torch.float64)
                 same += p @ p_.T
                 squares += p.square() @ p_.square().T
+                done += 1
+                progress(done)
             product = same.square_()
             first += twice * float((gram * product).sum())
             off += twice * float((gram * (product - squares)).sum())
