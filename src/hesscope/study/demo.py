@@ -164,7 +164,7 @@ def _predict(settings: DemoSettings) -> xr.Dataset:
     training, _ = _data(settings)
     gamma = training.inputs.shape[1] / len(training)
     forces = [
-        static_force("one_hidden", loss, training.classes, gamma, settings.width, settings.seed) for loss in LOSSES
+        static_force("one_hidden", loss, training.classes, gamma, settings.width, seed=settings.seed) for loss in LOSSES
     ]
     return xr.Dataset(
         {
