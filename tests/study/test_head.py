@@ -13,7 +13,7 @@ from torch.nn import functional
 import hesscope as hs
 from hesscope.core.errors import InputError, ModelError, TooLargeError
 from hesscope.study import head, language_model
-from hesscope.study.head import HeadSettings, head_store, prepare_head, random_head_ratio, run_head
+from hesscope.study.head import HeadSettings, head_store, prepare_head, run_head
 from hesscope.study.language_model import visible
 from tests.helpers import relative_error
 from tests.language_models import folder_of, library_text
@@ -287,12 +287,6 @@ def test_tokens_do_not_depend_on_how_much_text_follows(folders):
         model.tokens(500 * " " + "\nimport re", 20).tolist()
         == model.tokenizer(500 * " " + "\nimport re")["input_ids"][:20]
     )
-
-
-@pytest.mark.parametrize(("classes", "scaled"), [(10, 1.65963476), (1000, 1.96718088), (131072, 1.98974569)])
-def test_the_random_head_is_that_of_the_theory(classes, scaled):
-    """MATH.md, section 4.3, at gamma = 0.5."""
-    assert classes**2 * random_head_ratio(classes, 0.5) == pytest.approx(scaled, rel=1e-7)
 
 
 def test_a_tokenizer_of_another_model_is_refused(folders, tmp_path, text):

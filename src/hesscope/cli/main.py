@@ -7,8 +7,9 @@ import shlex
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -18,6 +19,8 @@ from hesscope.core.errors import HesscopeError, InputError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+Number = TypeVar("Number", int, float)
 
 app = typer.Typer(
     name="hesscope",
@@ -112,6 +115,86 @@ def analyze(
 
 
 @app.command()
+def theory(
+    classes: Annotated[str, typer.Option(help="Numbers of classes C, separated by commas.")] = "10,100,1000,10000",
+    gamma: Annotated[str, typer.Option(help="Inputs per sample d/N, separated by commas.")] = "0.5",
+    width: Annotated[str, typer.Option(help="Hidden widths m, separated by commas.")] = "8",
+    loss: Annotated[str, typer.Option(help="cross_entropy, mse, or both separated by a comma.")] = "cross_entropy",
+    model: Annotated[str, typer.Option(help="one_hidden or linear.")] = "one_hidden",
+    activation: Annotated[str, typer.Option(help="relu, tanh or gelu.")] = "relu",
+    hidden_scale: Annotated[float, typer.Option(help="Standard deviation of W in units of 1/sqrt(d).")] = 1.0,
+    output_scale: Annotated[float, typer.Option(help="Standard deviation of V in units of 1/sqrt(fan-in).")] = 1.0,
+    rtol: Annotated[float, typer.Option(help="Relative standard error of sampled predictions.")] = 0.02,
+    out: Annotated[Path, typer.Option(help="Folder for the page, the figures and the results.")] = Path("out/theory"),
+    seed: Annotated[int, typer.Option(help="Root of all random streams.")] = 0,
+) -> None:
+    """Predict how block-diagonal Hessians are at random initialization: a table and figures, no network involved."""
+    _require_folder(out)
+    from hesscope.study.prediction import RESULT, TheorySettings, run_theory, theory_store
+
+    settings = TheorySettings(
+        model=model,
+        losses=_words(loss),
+        classes=_numbers("--classes", classes, int),
+        gammas=_numbers("--gamma", gamma, float),
+        widths=_numbers("--width", width, int),
+        activation=activation,
+        hidden_scale=hidden_scale,
+        output_scale=output_scale,
+        rtol=rtol,
+        seed=seed,
+    )
+    with progress_bar() as report:
+        found = run_theory(out, settings, report)
+    _say_found(found)
+    from hesscope.report.static_page import theory_table, write_theory_page
+
+    result = theory_store(out, settings).require(RESULT)
+    _print_table(theory_table(result))
+    page = write_theory_page(out, result, _command())
+    print(f"page: {page.resolve()}")
+
+
+@app.command()
+def sweep(
+    classes: Annotated[str, typer.Option(help="Numbers of classes C, separated by commas.")] = "10,30,100,300,1000",
+    networks: Annotated[int, typer.Option(help="Independent networks (seeds) of each kind at every C.")] = 5,
+    loss: Annotated[str, typer.Option(help="cross_entropy, mse, or both separated by a comma.")] = "cross_entropy,mse",
+    inputs: Annotated[int, typer.Option(help="Inputs d.")] = 500,
+    samples: Annotated[int, typer.Option(help="Samples N.")] = 1000,
+    width: Annotated[int, typer.Option(help="Hidden neurons m.")] = 8,
+    activation: Annotated[str, typer.Option(help="relu, tanh or gelu.")] = "relu",
+    rtol: Annotated[float, typer.Option(help="Relative standard error of sampled predictions.")] = 0.02,
+    out: Annotated[Path, typer.Option(help="Folder for the page, the figures and the results.")] = Path("out/sweep"),
+    seed: Annotated[int, typer.Option(help="Root of all random streams.")] = 0,
+) -> None:
+    """Measure the off-diagonal ratio r of random networks over the number of classes, and set theory beside it."""
+    _require_folder(out)
+    from hesscope.study.sweep import RESULT, SweepSettings, run_sweep, sweep_store
+
+    settings = SweepSettings(
+        classes=_numbers("--classes", classes, int),
+        networks=networks,
+        losses=_words(loss),
+        inputs=inputs,
+        samples=samples,
+        width=width,
+        activation=activation,
+        rtol=rtol,
+        seed=seed,
+    )
+    with progress_bar() as report:
+        found = run_sweep(out, settings, report)
+    _say_found(found)
+    from hesscope.report.static_page import sweep_table, write_sweep_page
+
+    result = sweep_store(out, settings).require(RESULT)
+    _print_table(sweep_table(result))
+    page = write_sweep_page(out, result, _command())
+    print(f"page: {page.resolve()}")
+
+
+@app.command()
 def head(
     model: Annotated[Path, typer.Option(help="Folder with a Hugging Face causal language model and its tokenizer.")],
     text: Annotated[Path, typer.Option(help="Text in UTF-8 whose next tokens are predicted.")],
@@ -146,6 +229,26 @@ def head(
         print(f"{what + ':':<13}{how_much}")
     page = write_head_page(out, result, _command())
     print(f"page: {page.resolve()}")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+    """The numbers of a list such as 10,100,1000."""
+    try:
+        return tuple(kind(word) for word in _words(text))
+    except ValueError:
+        accepted = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"{option} must be {accepted} separated by commas, got {text!r}") from None
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    """Columns of text, the first row being their names."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _require_folder(folder: Path) -> None:

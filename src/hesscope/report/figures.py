@@ -121,6 +121,36 @@ def eigenvalue_histogram(axes: Axes, eigenvalues: Array, title: str, colour: str
     axes.set_xlabel("eigenvalue")
 
 
+def spectrum_on_law(
+    axes: Axes,
+    eigenvalues: Array | None,
+    grid: Array,
+    density: Array,
+    atom: float,
+    title: str,
+    bins: int,
+) -> None:
+    """Histogram of the eigenvalues that are not zero, if there are any, under the density of their law.
+
+    The histogram is scaled like the continuous part of the law, whose mass is 1 - atom. A density that diverges at 0 is
+    cut where it leaves the rest.
+    """
+    top = float(np.quantile(density[np.isfinite(density) & (density > 0)], 0.97)) if (density > 0).any() else 1.0
+    if eigenvalues is not None:
+        largest = float(np.abs(eigenvalues).max()) or 1.0
+        values = eigenvalues[np.abs(eigenvalues) > 1e-10 * largest]
+        if values.size:
+            counts, edges = np.histogram(values, bins)
+            heights = counts / (len(eigenvalues) * np.diff(edges))
+            axes.stairs(heights, edges, fill=True, color="#b8c4d0", label="eigenvalues")
+            top = max(top, float(np.quantile(heights, 0.97)))
+    axes.plot(grid, np.where(np.isfinite(density), density, np.nan), color=COLOURS["R"], linewidth=1.4, label="law")
+    axes.set_ylim(0, 1.25 * top)
+    axes.set_title(title if atom == 0 else f"{title} ({100 * atom:.3g} % zeros)")
+    axes.set_xlabel("eigenvalue")
+    axes.ticklabel_format(axis="both", style="sci", scilimits=(-2, 4), useMathText=True)
+
+
 def curves(axes: Axes, x: Array, lines: Mapping[str, tuple[Array, str, str]], ylabel: str) -> None:
     """Lines over epochs: label -> (values, colour, line style)."""
     for label, (values, colour, style) in lines.items():

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 # Colour-blind safe (Okabe and Ito); H, G and R keep their colours in every figure.
 COLOURS = {"H": "#222222", "G": "#0072B2", "R": "#D55E00"}
 LOSS_COLOURS = {"cross_entropy": "#0072B2", "mse": "#D55E00"}
+SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PART_NAMES = {"H": "Hessian H", "G": "Gauss-Newton part G", "R": "residual part R = H − G"}
 LOSS_NAMES = {"cross_entropy": "cross-entropy", "mse": "squared error"}
 TIME_NAMES = {"initial": "initialization", "half": "half-way", "final": "end of training"}
@@ -72,4 +73,5 @@ def one_part_in(ratio: float) -> str:
         return "exact"
     if ratio >= 1:
         return f"{number(ratio, 2)} times the diagonal"
-    return f"1 part in {number(1 / ratio, 2 if ratio > 0.01 else 3)}"
+    digits = 2 if ratio > 0.01 else 3
+    return f"1 part in {number(float(f'{1 / ratio:.{digits - 1}e}'), digits)}"

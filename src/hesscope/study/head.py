@@ -31,7 +31,7 @@ from hesscope.study.language_model import (
 )
 from hesscope.study.steps import Progress, Reporter, Step, run_steps
 from hesscope.study.store import Store
-from hesscope.theory import pair_moment, variance_moment
+from hesscope.theory import static_force
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -149,16 +149,6 @@ class HeadStructure:
         return result.assign_attrs(random_ratio=self.random_ratio)
 
 
-def random_head_ratio(classes: int, gamma: float) -> float:
-    """Off-diagonal ratio r of a random linear softmax layer with white inputs, logits N(0, 1), d/N = gamma.
-
-    Source: MATH.md, section 4.3; arXiv:2505.02809.
-    """
-    off = pair_moment(1, classes) ** 2 + gamma * pair_moment(2, classes)
-    diagonal = variance_moment(1, classes) ** 2 + gamma * variance_moment(2, classes)
-    return off / diagonal
-
-
 def head_store(folder: Path, settings: HeadSettings) -> Store:
     """Where the results go, under a fingerprint of all that they depend on; the model is not loaded.
 
@@ -261,7 +251,7 @@ def _energies(study: HeadStudy, hidden: xr.Dataset, progress: Progress) -> xr.Da
         top=top,
         texts=tuple(model.token_text(int(token)) for token in top),
         blocks=output_layer_blocks(features, top.tolist(), weight=weight, bias=bias),
-        random_ratio=random_head_ratio(model.classes, model.inputs / study.samples),
+        random_ratio=static_force("linear", "cross_entropy", model.classes, model.inputs / study.samples).output_ratio,
     )
     return structure.to_xarray().assign_attrs(
         model=study.settings.model.resolve().name,

@@ -1,0 +1,34 @@
+"""How far measured eigenvalues are from a law."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hesscope.core.errors import InputError
+from hesscope.theory.spectral_law import SpectralLaw
+
+# Eigenvalues this far below the largest magnitude are zeros of a matrix that lacks rank.
+ROUNDING = 1e-10
+
+
+def kolmogorov_distance(law: SpectralLaw, eigenvalues: npt.ArrayLike) -> float:
+    """Largest difference between the law's and the eigenvalues' distribution functions, from 0 to 1.
+
+    Args:
+        law: a spectral law.
+        eigenvalues: [d], any order; those below 1e-10 of the largest magnitude count as 0, where the law may have an
+            atom.
+
+    Raises:
+        InputError: no eigenvalues, or values that are not finite.
+    """
+    values = np.sort(np.asarray(eigenvalues, dtype=np.float64).ravel())
+    if not values.size or not np.isfinite(values).all():
+        raise InputError("eigenvalues must be a non-empty array of finite numbers")
+    values = np.sort(np.where(np.abs(values) < ROUNDING * np.abs(values).max(), 0.0, values))
+    at = law.cdf(values)
+    below = at - law.atom_at_zero * (values == 0)
+    counts_at = np.searchsorted(values, values, side="right") / len(values)
+    counts_below = np.searchsorted(values, values, side="left") / len(values)
+    return float(max(np.abs(at - counts_at).max(), np.abs(below - counts_below).max()))
