@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from hesscope.core.vectors import ParameterSpace
     from hesscope.estimate.block_energies import block_energies
     from hesscope.estimate.energies import BlockEnergies, SplitEnergies
+    from hesscope.estimate.exponent import ExponentFit, fit_exponent
+    from hesscope.estimate.semi_empirical import SemiEmpiricalLaw, semi_empirical_law
     from hesscope.objective import Objective
     from hesscope.operators import GaussNewton, Hessian, as_operator
-    from hesscope.operators.closed_form import OutputLayerEnergies, output_layer_energies
+    from hesscope.operators.closed_form import LayerWeights, OutputLayerEnergies, layer_weights, output_layer_energies
     from hesscope.partition import Partition
 
 # Where each public name lives; submodules that are themselves public names map to None.
@@ -32,6 +34,12 @@ _HOME: dict[str, str | None] = {
     "OutputLayerEnergies": "hesscope.operators.closed_form",
     "output_layer_energies": "hesscope.operators.closed_form",
     "SplitEnergies": "hesscope.estimate.energies",
+    "ExponentFit": "hesscope.estimate.exponent",
+    "fit_exponent": "hesscope.estimate.exponent",
+    "LayerWeights": "hesscope.operators.closed_form",
+    "layer_weights": "hesscope.operators.closed_form",
+    "SemiEmpiricalLaw": "hesscope.estimate.semi_empirical",
+    "semi_empirical_law": "hesscope.estimate.semi_empirical",
     "data": None,
     "models": None,
     "theory": None,
@@ -39,18 +47,24 @@ _HOME: dict[str, str | None] = {
 
 __all__ = [
     "BlockEnergies",
+    "ExponentFit",
     "GaussNewton",
     "HesscopeError",
     "Hessian",
+    "LayerWeights",
     "Objective",
     "OutputLayerEnergies",
     "ParameterSpace",
     "Partition",
+    "SemiEmpiricalLaw",
     "SplitEnergies",
     "__version__",
     "as_operator",
     "block_energies",
+    "fit_exponent",
+    "layer_weights",
     "output_layer_energies",
+    "semi_empirical_law",
 ]
 
 

@@ -67,6 +67,51 @@ def test_bad_studies_get_one_line_and_write_nothing(tmp_path, monkeypatch, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["STUDY.toml"]
 
 
+STATIC = [
+    (("theory", "--classes", "1,10"), "classes must be at least 2, got 1"),
+    (("theory", "--classes", "ten"), "--classes must be whole numbers separated by commas, got 'ten'"),
+    (("theory", "--classes", ""), "classes must name at least one value"),
+    (("theory", "--classes", "10,10"), "and each once"),
+    (("theory", "--gamma", "0"), "gamma must be positive"),
+    (("theory", "--gamma", "0.5,nan"), "gamma must be positive"),
+    (("theory", "--width", "8,2"), "needs width > 2"),
+    (("theory", "--loss", "crossentropy"), "did you mean 'cross_entropy'?"),
+    (("theory", "--model", "lineer"), "did you mean 'linear'?"),
+    (("theory", "--activation", "rellu"), "did you mean 'relu'?"),
+    (("theory", "--rtol", "0"), "rtol must lie between 0 and 1"),
+    (("theory", "--output-scale", "-1"), "output_scale must be positive"),
+    (("sweep", "--classes", "10"), "at least two different numbers"),
+    (("sweep", "--classes", "1,10"), "from 2 on"),
+    (("sweep", "--classes", "10,3"), "ascending"),
+    (("sweep", "--networks", "1"), "at least 2 networks"),
+    (("sweep", "--width", "2"), "needs width > 2"),
+    (("sweep", "--samples", "1"), "samples must be at least 2"),
+    (("sweep", "--inputs", "0"), "inputs must be a positive integer"),
+    (("sweep", "--loss", ""), "losses must name each loss once"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), STATIC, ids=[" ".join(arguments) for arguments, _ in STATIC])
+def test_bad_static_forces_get_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, arguments, words):
+    code, out, err = hesscope(monkeypatch, capsys, *arguments, "--out", tmp_path / "out")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_theory_prints_a_table_and_is_not_repeated(tmp_path, monkeypatch, capsys):
+    command = ("theory", "--model", "linear", "--classes", "2,100", "--gamma", "0.5,1", "--out", tmp_path / "out")
+    code, out, err = hesscope(monkeypatch, capsys, *command)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) == 6
+    assert lines[0].split() == ["loss", "gamma", "C", "output", "r", "C^2", "r", "limit"]
+    assert lines[2].split() == ["cross-entropy", "0.5", "100", "0.000184", "1.84", "1.99"]
+    assert lines[-1] == f"page: {tmp_path / 'out' / 'report.html'}"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "results-theory.nc", "figures"}
+    assert "1 finished step found" in hesscope(monkeypatch, capsys, *command)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

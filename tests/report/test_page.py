@@ -12,13 +12,17 @@ import pytest
 
 from hesscope.report import figures, style
 from hesscope.report.demo_page import write_demo_page
+from hesscope.report.static_page import write_sweep_page, write_theory_page
 from hesscope.report.study_page import write_study_page
 from hesscope.study.analyze import prepare, run
 from hesscope.study.config import StudyConfig
 from hesscope.study.demo import DemoSettings, demo_results, run_demo
+from hesscope.study.prediction import TheorySettings, run_theory, theory_store
+from hesscope.study.sweep import SweepSettings, run_sweep, sweep_store
 
 HERE = "tests.study.user_code"
-SECTIONS = ("training", "hessian", "energies", "ratios", "groups", "eigenvalues", "provenance")
+SECTIONS = ("training", "hessian", "energies", "ratios", "groups", "eigenvalues", "theory", "sweep", "provenance")
+DEMO = DemoSettings(width=4, epochs=4, theory_classes=(3, 10), sweep_classes=(3, 6))
 # Appended to a copy of the page: what the browser made of it, as JSON in the document.
 PROBE = """<script>
 const seen = [...document.querySelectorAll("section")].map(s => [s.id, s.getBoundingClientRect().height]);
@@ -32,9 +36,8 @@ document.body.innerHTML = "<pre id=probe>" + JSON.stringify({seen, pictures, ove
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    settings = DemoSettings(width=4, epochs=4)
-    run_demo(folder, settings, lambda title, share: None)
-    return write_demo_page(folder, demo_results(folder, settings), "hesscope demo")
+    run_demo(folder, DEMO, lambda title, share: None)
+    return write_demo_page(folder, demo_results(folder, DEMO), "hesscope demo")
 
 
 def opened(page, tmp_path):
@@ -62,7 +65,7 @@ def assert_legible(seen, pictures):
 def test_the_demo_s_page_in_a_browser(page, tmp_path):
     seen = opened(page, tmp_path)
     assert [name for name, _ in seen["seen"]] == list(SECTIONS)
-    assert_legible(seen, pictures=5)
+    assert_legible(seen, pictures=9)
     assert "block-diagonal to 1 part in" in seen["title"]
 
 
@@ -92,6 +95,30 @@ def test_pages_of_studies_in_a_browser(name, tmp_path):
     assert ("one standard error" in seen["title"]) == (name == "probes")
 
 
+STATIC = {
+    "sweep of both losses": SweepSettings((3, 6, 12), 2, inputs=40, samples=80, width=4),
+    "sweep of squared error": SweepSettings((3, 6), 2, ("mse",), inputs=40, samples=30, width=4, activation="tanh"),
+    "theory of both losses": TheorySettings(losses=("cross_entropy", "mse"), classes=(3, 10), gammas=(0.5, 2.0)),
+    "theory of linear models": TheorySettings("linear", ("cross_entropy",), (2, 10, 131072)),
+    "theory of linear models, squared error": TheorySettings("linear", ("mse",), (10,)),
+}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_pages_of_the_static_force_in_a_browser(name, tmp_path):
+    settings = STATIC[name]
+    if isinstance(settings, SweepSettings):
+        run_sweep(tmp_path, settings, lambda title, share: None)
+        page = write_sweep_page(tmp_path, sweep_store(tmp_path, settings).require("sweep"), "hesscope sweep")
+    else:
+        run_theory(tmp_path, settings, lambda title, share: None)
+        page = write_theory_page(tmp_path, theory_store(tmp_path, settings).require("theory"), "hesscope theory")
+    seen = opened(page, tmp_path)
+    assert [section for section, _ in seen["seen"]] == [name.split()[0], "provenance"]
+    assert_legible(seen, pictures=2)
+    assert "nan" not in re.sub(r'src="data:[^"]*"', "", page.read_text().split("<main>")[1])
+
+
 def test_the_page_is_self_contained(page):
     text = page.read_text()
     assert not re.search(r'(?:src|href)="(?!data:)', text)
@@ -102,13 +129,13 @@ def test_figures_are_saved_as_png_and_pdf(page):
     names = {path.name for path in (page.parent / "figures").iterdir()}
     assert names == {
         f"{name}.{ending}"
-        for name in ("training", "hessian", "energies", "groups", "eigenvalues")
+        for name in ("training", "hessian", "energies", "groups", "eigenvalues", "theory", "laws", "sweep", "spectra")
         for ending in ("png", "pdf")
     }
 
 
 def test_the_page_states_the_numbers_of_the_results(page):
-    results = demo_results(page.parent, DemoSettings(width=4, epochs=4))
+    results = demo_results(page.parent, DEMO)
     hessian = results["cross_entropy-final"]["hessian"].to_numpy().astype(np.float64)
     edges = [0, *np.cumsum(results["cross_entropy-final"]["block_size"].to_numpy())]
     blocks = [hessian[a:b, a:b] for a, b in pairwise(edges)]

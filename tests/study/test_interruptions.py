@@ -16,8 +16,10 @@ import sys, torch
 from pathlib import Path
 from hesscope.study.demo import DemoSettings, run_demo
 torch.set_num_threads(1)
-run_demo(Path(sys.argv[1]), DemoSettings(width=4, epochs=4), lambda title, share: None)
+settings = DemoSettings(width=4, epochs=4, theory_classes=(3, 10), sweep_classes=(3, 6))
+run_demo(Path(sys.argv[1]), settings, lambda title, share: None)
 """
+SWEEP = ["sweep", "--classes", "3,5,8", "--inputs", "60", "--samples", "120", "--width", "4"]
 STUDY = """
 model = "tests.study.user_code:network"
 model_arguments = { width = 40 }
@@ -62,7 +64,24 @@ def test_a_killed_demo_continues_to_the_same_numbers(tmp_path):
     assert start([*command, str(tmp_path / "killed")]).wait() == 0
     assert start([*command, str(tmp_path / "undisturbed")]).wait() == 0
     finished = results(tmp_path / "undisturbed")
-    assert 0 < len(unfinished) < len(finished) == 9
+    assert 0 < len(unfinished) < len(finished) == 11
+    assert_same(results(tmp_path / "killed"), finished)
+
+
+def test_a_killed_sweep_continues_to_the_same_numbers(tmp_path):
+    command = [sys.executable, "-c", "from hesscope.cli import main; main()", *SWEEP, "--out"]
+    process = start([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    wait_for(tmp_path / "killed" / "results-part-5-2.nc", process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert len(results(tmp_path / "killed")) >= 8
+    again = start([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE)
+    said, _ = again.communicate()
+    assert again.returncode == 0
+    assert "continued an earlier run" in said
+    assert start([*command, str(tmp_path / "undisturbed")], stdout=subprocess.DEVNULL).wait() == 0
+    finished = results(tmp_path / "undisturbed")
+    assert list(finished) == ["results-sweep.nc"]
     assert_same(results(tmp_path / "killed"), finished)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from hesscope.estimate.energies import SplitEnergies
 from hesscope.report import figures
 from hesscope.report.page import Picture, picture, write_page
+from hesscope.report.static_page import sweep_headline, sweep_section, theory_headline, theory_section
 from hesscope.report.style import LOSS_COLOURS, LOSS_NAMES, TIME_NAMES, number, percent, styled
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ def write_demo_page(folder: Path, results: Mapping[str, xr.Dataset], command: st
         }
     attributes = measured[losses[0], "final"].data.attrs
     context = {
+        "theory": theory_section(folder, results["theory"]),
+        "sweep": sweep_section(folder, results["sweep"]),
+        "sweep_headline": sweep_headline(results["sweep"]),
+        "theory_headline": theory_headline(results["theory"]),
         "headline": _headline(measured),
         "example": _parts(measured["cross_entropy", "final"].ratio("output")),
         "cards": _cards(training, measured),

@@ -148,6 +148,7 @@ def spectrum_on_law(
     axes.set_ylim(0, 1.25 * top)
     axes.set_title(title if atom == 0 else f"{title} ({100 * atom:.3g} % zeros)")
     axes.set_xlabel("eigenvalue")
+    axes.locator_params(axis="x", nbins=5)
     axes.ticklabel_format(axis="both", style="sci", scilimits=(-2, 4), useMathText=True)
 
 

@@ -261,14 +261,13 @@ def _theory_figure(folder: Path, theory: xr.Dataset) -> Picture:
 def _theory_curves(axes: Axes, theory: xr.Dataset, layer: str) -> None:
     C = theory["classes"].to_numpy().astype(float)
     power, index = POWERS[layer], 0
-    drawn: set[bytes] = set()
+    drawn: set[str] = set()
     for row in _curves(theory):
-        at = theory.sel(**row)
+        at, label = theory.sel(**row), _label(theory, row, layer)
         ratio, stderr = at[f"{layer}_ratio"].to_numpy(), at[f"{layer}_stderr"].to_numpy()
-        # A curve that was drawn before: with one hidden layer, the output layer does not depend on gamma.
-        if not (ratio > 0).any() or ratio.tobytes() in drawn:
+        if not (ratio > 0).any() or label in drawn:
             continue
-        drawn.add(ratio.tobytes())
+        drawn.add(label)
         colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
         axes.errorbar(
             C, ratio, yerr=2 * stderr, color=colour, marker="o", ms=4, lw=1.4, label=_label(theory, row, layer)
@@ -294,7 +293,7 @@ def _curves(theory: xr.Dataset) -> list[dict[str, Any]]:
 
 
 def _label(theory: xr.Dataset, row: Mapping[str, Any], layer: str) -> str:
-    """Names what a curve depends on."""
+    """Names what a curve depends on: with one hidden layer, the output layer does not depend on gamma."""
     parts = [LOSS_NAMES[str(row["loss"])]]
     if theory.attrs["model"] == "linear" or layer == "hidden":
         parts.append(f"γ = {row['gamma']:g}")

@@ -21,8 +21,12 @@ from hesscope.models import MLP, one_hidden
 from hesscope.objective import Objective
 from hesscope.operators import GaussNewton, Hessian
 from hesscope.partition import Partition
+from hesscope.study.prediction import PARTS as THEORY_PARTS
+from hesscope.study.prediction import TheorySettings, theory_steps
 from hesscope.study.steps import Progress, Reporter, Step, run_steps
 from hesscope.study.store import Store
+from hesscope.study.sweep import PARTS as SWEEP_PARTS
+from hesscope.study.sweep import SweepSettings, sweep_steps
 from hesscope.study.training import Examples, train
 from hesscope.theory import static_force
 
@@ -36,17 +40,35 @@ TIMES = ("initial", "half", "final")
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo's numbers depend on: root seed, hidden width m, training epochs, training samples."""
+    """What the demo's numbers depend on.
+
+    Attributes:
+        seed: root of all random streams.
+        width, epochs, samples: hidden width m, training epochs and training samples on the digits.
+        theory_classes, sweep_classes: numbers of classes C of the predictions and of the sweep over random networks.
+    """
 
     seed: int = 0
     width: int = 16
     epochs: int = 40
     samples: int = 1437
+    theory_classes: tuple[int, ...] = (10, 100, 1000, 10_000, 131_072)
+    sweep_classes: tuple[int, ...] = (10, 30, 100, 300)
+
+    @property
+    def theory(self) -> TheorySettings:
+        """What is predicted without data."""
+        return TheorySettings(losses=tuple(LOSSES), classes=self.theory_classes, rtol=0.05, seed=self.seed)
+
+    @property
+    def sweep(self) -> SweepSettings:
+        """What is measured over the number of classes, on Gaussian inputs."""
+        return SweepSettings(classes=self.sweep_classes, inputs=200, samples=400, seed=self.seed)
 
     @property
     def fingerprint(self) -> str:
         """Hash of the settings and of hesscope's version."""
-        text = repr(sorted({**asdict(self), "version": __version__}.items()))
+        text = repr((sorted({**asdict(self), "version": __version__}.items()), self.theory, self.sweep))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -63,14 +85,19 @@ def run_demo(folder: Path, settings: DemoSettings, report: Reporter) -> int:
         steps.append(_training_step(loss, settings))
         steps.extend(_measuring_step(loss, time, settings, store) for time in TIMES)
     steps.append(Step("prediction", "predicting the off-diagonal ratios", 3.0, lambda _: _predict(settings)))
-    return run_steps(steps, store, report)
+    found = run_steps(
+        [*steps, *theory_steps(store, settings.theory), *sweep_steps(store, settings.sweep)], store, report
+    )
+    for prefix in (THEORY_PARTS, SWEEP_PARTS):
+        store.clear(prefix)
+    return found
 
 
 def demo_results(folder: Path, settings: DemoSettings) -> dict[str, xr.Dataset]:
     """All results of a finished demo, by step name."""
     store = demo_store(folder, settings)
     names = [f"{loss}-{step}" for loss in LOSSES for step in ("training", *TIMES)]
-    return {name: store.require(name) for name in [*names, "prediction"]}
+    return {name: store.require(name) for name in [*names, "prediction", "theory", "sweep"]}
 
 
 def _training_step(loss: str, settings: DemoSettings) -> Step:
@@ -86,6 +113,11 @@ def _measuring_step(loss: str, time: str, settings: DemoSettings, store: Store) 
         3.0,
         lambda progress: _measure(store.require(f"{loss}-training"), loss, time, settings, progress),
     )
+
+
+def _attributes(settings: DemoSettings) -> dict[str, int]:
+    """The settings that concern the digits, as attributes of a result."""
+    return {name: getattr(settings, name) for name in ("seed", "width", "epochs", "samples")}
 
 
 def _data(settings: DemoSettings) -> tuple[LabelledData, LabelledData]:
@@ -116,7 +148,7 @@ def _train(loss: str, settings: DemoSettings, progress: Progress) -> xr.Dataset:
             "parameters": (("time", "parameter"), result.parameters),
         },
         coords={"epoch": np.arange(settings.epochs + 1), "time": np.asarray(TIMES, dtype=object)},
-        attrs={"record": "Trajectory", "loss": loss, **asdict(settings)},
+        attrs={"record": "Trajectory", "loss": loss, **_attributes(settings)},
     )
 
 
@@ -172,5 +204,5 @@ def _predict(settings: DemoSettings) -> xr.Dataset:
             for name in ("hidden_ratio", "hidden_stderr", "output_ratio", "output_stderr")
         },
         coords={"loss": np.asarray(list(LOSSES), dtype=object)},
-        attrs={"record": "StaticForce", "gamma": gamma, "classes": training.classes, **asdict(settings)},
+        attrs={"record": "StaticForce", "gamma": gamma, "classes": training.classes, **_attributes(settings)},
     )

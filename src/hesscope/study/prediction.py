@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 RESULT = "theory"
+# Results of steps that the final one puts together begin with this.
+PARTS = "point-"
 # Points at which the density of a law is drawn.
 GRID = 400
 
@@ -89,7 +91,7 @@ def run_theory(folder: Path, settings: TheorySettings, report: Reporter) -> int:
     """Predict every combination; returns how many of the steps were found done from an earlier run."""
     store = theory_store(folder, settings)
     found = run_steps(theory_steps(store, settings), store, report)
-    store.clear("point-")
+    store.clear(PARTS)
     return found
 
 
@@ -104,10 +106,10 @@ def theory_steps(store: Store, settings: TheorySettings) -> list[Step]:
     if store.has(RESULT):
         return [final]
     points = [
-        Step(f"point-{index}", f"predicting r at C = {C:,}", _cost(settings, loss, C), _predicting(settings, index))
+        Step(f"{PARTS}{index}", f"predicting r at C = {C:,}", _cost(settings, loss, C), _predicting(settings, index))
         for index, (loss, C, _, _) in enumerate(settings.combinations)
     ]
-    return [*points, Step("point-laws", "laws of blocks", 3.0, lambda _: _laws(settings)), final]
+    return [*points, Step(f"{PARTS}laws", "laws of blocks", 3.0, lambda _: _laws(settings)), final]
 
 
 def _cost(settings: TheorySettings, loss: str, C: int) -> float:
@@ -162,7 +164,7 @@ def _merge(settings: TheorySettings, store: Store) -> xr.Dataset:
 
     widths = settings.widths if settings.model == "one_hidden" else settings.widths[:1]
     shape = (len(settings.losses), len(settings.gammas), len(widths), len(settings.classes))
-    points = [store.require(f"point-{index}") for index in range(len(settings.combinations))]
+    points = [store.require(f"{PARTS}{index}") for index in range(len(settings.combinations))]
     names = ("hidden_ratio", "hidden_stderr", "output_ratio", "output_stderr", "limit_hidden", "limit_output")
     table = {
         name: (
@@ -181,4 +183,4 @@ def _merge(settings: TheorySettings, store: Store) -> xr.Dataset:
     engines = sorted({str(point.attrs["engine"]) for point in points})
     law = {"law_classes": settings.classes[0], "law_gamma": settings.gammas[0], "law_width": widths[0]}
     result = xr.Dataset(table, coords, {"record": "Theory", "engine": "; ".join(engines), **kept, **law})
-    return xr.merge([result, store.require("point-laws")], combine_attrs="drop_conflicts")
+    return xr.merge([result, store.require(f"{PARTS}laws")], combine_attrs="drop_conflicts")
