@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from hesscope.core.checks import require_choice, require_positive_int
-from hesscope.core.errors import InputError
+from hesscope.core.errors import DataError, InputError, TooLargeError
 from hesscope.core.memory import available_bytes, require_memory
 from hesscope.core.records import Provenance
 from hesscope.core.rng import rademacher, stream
 from hesscope.estimate.energies import BlockEnergies
 from hesscope.operators import Operator, as_operator
-from hesscope.operators.bridges import Dense
+from hesscope.operators.operator import MatrixStrip
 from hesscope.partition.partition import Partition
 
 METHODS = ("auto", "exact", "closed_form", "probes")
@@ -26,6 +26,16 @@ DEFAULT_PROBES = 32
 
 # Up to this many parameters "auto" does not bother to estimate: the exact answer takes seconds.
 EXACT_SIZE = 2048
+
+# The closed form takes P^2 N / 2 multiply-adds, a product with one vector about 7 P N (a gradient takes 3 P N, a
+# product 2.1 to 2.4 gradients): all of the matrix is as much work as P / 14 products. Up to CLOSED_FORM_SIZE it is a
+# matter of a minute for some thousand samples.
+COLUMNS_PER_PRODUCT = 14
+CLOSED_FORM_SIZE = 2**15
+
+# Entries of a strip that are squared at once, in float64, and columns of them: rows are added up whole, so that each
+# addition is a long one.
+SQUARED_AT_ONCE, WIDTH_AT_ONCE = 2**20, 2**12
 
 Array = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
@@ -53,18 +63,20 @@ def block_energies(
     Args:
         matrix: an operator or dense matrix [P, P] (see as_operator).
         partition: B blocks of the P parameters.
-        method: "exact" takes P products and no more memory than a few columns; "closed_form" forms the dense matrix
-            of a fully connected network by formula; "probes" takes B products a probe and gives standard errors;
-            "auto" takes the closed form where there is one that fits in memory, "exact" up to 2048 parameters or
-            where it needs fewer products than probes, else "probes".
+        method: "exact" takes P products and no more memory than a few columns; "closed_form" makes the matrix of a
+            fully connected network by formula, strip by strip within 1 GiB; "probes" takes B products a probe and
+            gives standard errors; "auto" takes the closed form where there is one, up to 32768 parameters or where
+            it is less work than probes; "exact" up to 2048 parameters or where it needs fewer products than probes;
+            else "probes".
         probes: number of independent probes, 32 unless told; each sees every block once.
         seed: root of the random streams; equal seeds give equal numbers.
-        progress: called with (products done, products in all).
+        progress: called with (products done, products in all); for the closed form, with rows of the matrix.
 
     Raises:
         InputError: an unknown method, fewer than 2 probes, probes given to another method, no closed form.
         PartitionError: the partition does not fit the matrix.
-        TooLargeError: the samples of all block pairs would not fit in memory.
+        TooLargeError: the samples of all block pairs would not fit in memory, or a row in closed form not in 1 GiB.
+        DataError: a product is not finite.
     """
     operator = as_operator(matrix)
     partition.require_fits(operator.shape[0])
@@ -75,8 +87,9 @@ def block_energies(
         )
     provenance = energies_provenance(operator, settled, seed)
     if settled.name == "closed_form":
-        operator = Dense(operator.dense(), symmetric=True)
-    if settled.name != "probes":
+        total = _energies_of_strips(operator, partition, progress)
+        return BlockEnergies.exact(partition.labels, partition.sizes, total, provenance)
+    if settled.name == "exact":
         total = np.zeros((len(partition), len(partition)))
         for chunk in operator.column_chunks():
             total += energies_of_columns(operator.columns(chunk), partition, chunk)
@@ -88,7 +101,10 @@ def block_energies(
 
 
 def choose_method(parameters: int, blocks: int, method: str, probes: int | None, closed_form: bool = False) -> Method:
-    """Settle "auto" and the number of probes; raises InputError for values that do not fit."""
+    """Settle "auto" and the number of probes; raises InputError for values that do not fit.
+
+    `closed_form`: whether there is one that fits in memory.
+    """
     require_choice("method", method, METHODS)
     if probes is not None:
         require_positive_int("probes", probes)
@@ -98,8 +114,10 @@ def choose_method(parameters: int, blocks: int, method: str, probes: int | None,
             raise InputError(f"method {method!r} takes no probes; leave probes out or use method='probes'")
     count = DEFAULT_PROBES if probes is None else probes
     if method == "auto":
-        exact = "closed_form" if closed_form else "exact"
-        method = exact if closed_form or parameters <= max(EXACT_SIZE, blocks * count) else "probes"
+        if closed_form and parameters <= max(CLOSED_FORM_SIZE, COLUMNS_PER_PRODUCT * blocks * count):
+            method = "closed_form"
+        else:
+            method = "exact" if parameters <= max(EXACT_SIZE, blocks * count) else "probes"
     if method == "probes":
         return Method("probes", count, blocks * count)
     return Method(method, 0, parameters if method == "exact" else 0)
@@ -118,9 +136,48 @@ def energies_provenance(operator: Operator, method: Method, seed: int) -> Proven
 
 
 def _closed_form_fits(operator: Operator) -> bool:
-    """Whether the matrix can be had in closed form with half of the memory that is left."""
-    needed = 2 * operator.shape[0] ** 2 * torch.empty(0, dtype=operator.dtype).element_size()
-    return needed < available_bytes(operator.device) / 2 and operator.has_closed_form
+    """Whether there is a closed form whose strips take no more than half of the memory that is left."""
+    if not operator.has_closed_form:
+        return False
+    try:
+        return operator.strip_bytes() < available_bytes(operator.device) / 2
+    except TooLargeError:
+        return False
+
+
+def _energies_of_strips(operator: Operator, partition: Partition, progress: Progress | None) -> Array:
+    """All energies [B, B] from the strips of a closed form; the matrix is never held whole."""
+    total = np.zeros((len(partition), len(partition)))
+    done, assignment = 0, _assignment(partition, operator.device)
+    for strip in operator.strips():
+        total += _energies_of_strip(strip, assignment, len(partition))
+        done += len(strip.rows)
+        if progress is not None:
+            progress(done, operator.shape[0])
+    if not np.isfinite(total).all():
+        raise DataError("the block energies are not finite: the matrix's entries are too large to be squared")
+    return total
+
+
+def _energies_of_strip(strip: MatrixStrip, assignment: Tensor, blocks: int) -> Array:
+    """Contribution [B, B] of a strip and of its mirror image."""
+    present, rows = torch.unique(assignment[strip.rows], return_inverse=True)
+    columns = assignment[strip.columns]
+    own, others = (torch.zeros(len(present), blocks, dtype=torch.float64, device=columns.device) for _ in range(2))
+    for part, energies in ((slice(0, strip.own), own), (slice(strip.own, len(columns)), others)):
+        width = max(1, min(WIDTH_AT_ONCE, SQUARED_AT_ONCE // len(present)))
+        stripes = zip(torch.split(strip.values[:, part], width, dim=1), torch.split(columns[part], width), strict=True)
+        for stripe, its_columns in stripes if part.stop > part.start else ():
+            sums = torch.zeros(len(present), stripe.shape[1], dtype=torch.float64, device=columns.device)
+            step = max(1, SQUARED_AT_ONCE // stripe.shape[1])
+            for tile, its_rows in zip(torch.split(stripe, step), torch.split(rows, step), strict=True):
+                sums.index_add_(0, its_rows, tile.double().square_())
+            energies.index_add_(1, its_columns, sums)
+    result: Array = np.zeros((blocks, blocks))
+    index = present.cpu().numpy()
+    result[index] += (own + others).cpu().numpy()
+    result[:, index] += others.T.cpu().numpy()
+    return result
 
 
 def energies_of_columns(columns: Tensor, partition: Partition, chunk: slice) -> Array:

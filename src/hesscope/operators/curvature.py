@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from functools import cached_property
 
 import torch
@@ -14,7 +14,9 @@ from hesscope.core.rng import normal, stream
 from hesscope.objective.losses import output_gradient
 from hesscope.objective.objective import Objective, require_output_loss
 from hesscope.operators.closed_form import mlp
-from hesscope.operators.operator import Operator
+from hesscope.operators.closed_form.network import Network, recognize
+from hesscope.operators.closed_form.strips import cut_matrix
+from hesscope.operators.operator import STRIP_MEMORY, MatrixStrip, Operator
 from hesscope.operators.second_derivatives import (
     explained,
     pull_back,
@@ -49,13 +51,13 @@ class _Curvature(Operator):
         self._found_symmetric = False
 
     @cached_property
-    def _network(self) -> mlp.Network | None:
-        return mlp.recognize(self.objective)
+    def _network(self) -> Network | None:
+        return recognize(self.objective)
 
     @property
-    def has_closed_form(self) -> bool:
-        """Whether the model is a fully connected network for which `dense` is a formula (closed_form.mlp)."""
-        return self._network is not None
+    def layout(self) -> Hashable | None:
+        """Widths and biases of the fully connected network behind the matrix, if it has a closed form; else None."""
+        return None if self._network is None else (self._network.shapes, self._network.biased)
 
     @property
     def dense_engine(self) -> str:
@@ -68,12 +70,30 @@ class _Curvature(Operator):
         Raises:
             TooLargeError: it would not fit in memory (the message says how much it needs and what to use instead).
         """
-        if self._network is not None:
-            self.require_memory_for_dense(extra_columns=self.shape[1])
-            matrix = mlp.dense(self.objective, self._network, gauss_newton=isinstance(self, GaussNewton))
-            if matrix is not None:
-                return matrix
-        return super().dense()
+        if self._network is None:
+            return super().dense()
+        self.require_memory_for_dense(extra_columns=self.shape[1])
+        return mlp.dense(self.objective, self._network, isinstance(self, GaussNewton))
+
+    def strips(self, memory: int = STRIP_MEMORY) -> Iterator[MatrixStrip]:
+        """The matrix strip by strip, by formula; see Operator.strips."""
+        if self._network is None:
+            yield from super().strips(memory)
+            return
+        positions = self._network.positions().to(self.device)
+        for strip, values in mlp.strips(self.objective, self._network, isinstance(self, GaussNewton), memory):
+            yield MatrixStrip(
+                rows=positions[strip.rows(self._network)],
+                columns=positions[strip.column(self._network) :],
+                own=strip.own_columns(self._network),
+                values=values,
+            )
+
+    def strip_bytes(self, memory: int = STRIP_MEMORY) -> int:
+        """Bytes that `strips(memory)` takes; see Operator.strip_bytes."""
+        if self._network is None:
+            return super().strip_bytes(memory)
+        return cut_matrix(self._network, torch.empty(0, dtype=self.dtype).element_size(), memory).bytes
 
     @property
     def columns_per_pass(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,26 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 SYMMETRIZE_TILE = 1024
+
+# Bytes that the strips of a closed form may take with everything they are made of, unless told.
+STRIP_MEMORY = 2**30
+
+
+@dataclass(frozen=True)
+class MatrixStrip:
+    """Some rows of a symmetric P x P matrix, from its diagonal on.
+
+    Attributes:
+        rows: [R], columns: [K] positions in the flat parameter vector.
+        own: number of first columns that stand for themselves; all others stand for their mirror image, too, which no
+            strip holds.
+        values: [R, K], valid until the next strip is made.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    own: int
+    values: Tensor
 
 
 class Operator(ABC):
@@ -41,9 +61,14 @@ class Operator(ABC):
         """The operator times each column of V [P, K], which is of the right dtype and device; returns [P, K]."""
 
     @property
+    def layout(self) -> Hashable | None:
+        """What the strips of its closed form are cut by: equal layouts, equal strips; None without a closed form."""
+        return None
+
+    @property
     def has_closed_form(self) -> bool:
-        """Whether `dense` is a formula, much faster than products with all columns."""
-        return False
+        """Whether `dense` and `strips` are formulas, much faster than products with all columns."""
+        return self.layout is not None
 
     @property
     def dense_engine(self) -> str:
@@ -117,6 +142,23 @@ class Operator(ABC):
         for chunk in self.column_chunks():
             matrix[:, chunk] = self.columns(chunk)
         return symmetrize_(matrix) if self.symmetric else matrix
+
+    def strips(self, memory: int = STRIP_MEMORY) -> Iterator[MatrixStrip]:
+        """The matrix in closed form, strip by strip: every entry or its mirror image once, never the whole.
+
+        Args:
+            memory: bytes for everything, the strip included.
+
+        Raises:
+            InputError: there is no closed form.
+            TooLargeError: `memory` is too small for one row and one sample.
+            DataError: the matrix is not finite.
+        """
+        raise InputError(f"strips need a closed form, which {self.engine} has not")
+
+    def strip_bytes(self, memory: int = STRIP_MEMORY) -> int:
+        """Bytes that `strips(memory)` takes; raises what it raises."""
+        raise InputError(f"strips need a closed form, which {self.engine} has not")
 
     def require_memory_for_dense(self, extra_columns: int) -> None:
         """Raise TooLargeError unless the whole matrix and some columns more fit in memory."""
@@ -205,9 +247,24 @@ class Combination(Operator):
         return min(term.columns_per_pass for _, term in self.terms)
 
     @property
-    def has_closed_form(self) -> bool:
-        """Whether all terms have one."""
-        return all(term.has_closed_form for _, term in self.terms)
+    def layout(self) -> Hashable | None:
+        """The terms', if all have closed forms that are cut alike."""
+        layouts = {term.layout for _, term in self.terms}
+        return layouts.pop() if len(layouts) == 1 else None
+
+    def strips(self, memory: int = STRIP_MEMORY) -> Iterator[MatrixStrip]:
+        """Sums of the terms' strips, each made with its share of the memory."""
+        if not self.has_closed_form:
+            yield from super().strips(memory)
+        for parts in zip(*(term.strips(memory // len(self.terms)) for _, term in self.terms), strict=True):
+            total = parts[0].values.mul_(self.terms[0][0])
+            for (factor, _), part in zip(self.terms[1:], parts[1:], strict=True):
+                total.add_(part.values, alpha=factor)
+            yield parts[0]
+
+    def strip_bytes(self, memory: int = STRIP_MEMORY) -> int:
+        """Sum of the terms'."""
+        return sum(term.strip_bytes(memory // len(self.terms)) for _, term in self.terms)
 
     def dense(self) -> Tensor:
         """Sum of the terms' dense matrices, where they have closed forms; else as for any operator."""

@@ -1,54 +1,101 @@
 """Closed forms of fully connected networks against products through automatic differentiation."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import nn
 
 import hesscope as hs
+from hesscope.core.errors import DataError, TooLargeError
 from hesscope.operators import Operator
-from hesscope.operators.closed_form import mlp
-from tests.helpers import F64, cut, randint, randn, relative_error
+from hesscope.operators.closed_form import mlp, strips
+from hesscope.operators.closed_form.network import recognize
+from tests.helpers import F64, randint, randn, relative_error
+from tests.operators.closed_form.networks import ACTIVATIONS, WIDTHS, N, objective, sequential
 
-N, C = 12, 4
+C = 4
 X, LABELS, TARGETS = randn(N, 5, seed=1), randint(C, N, seed=2), randn(N, C, seed=3)
-WIDTHS = [(5, C), (5, 6, C), (5, 6, 3, C), (5, 3, 7, 2, C)]
-ACTIVATIONS = [nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Softplus]
 
 
-def sequential(widths, activation=nn.Tanh, bias=True):
-    torch.manual_seed(0)
-    layers = []
-    for fan_in, fan_out in pairwise(widths):
-        layers += [nn.Linear(fan_in, fan_out, bias=bias, dtype=F64), activation()]
-    return nn.Sequential(*layers[:-1])
+def both(obj):
+    return hs.Hessian(obj), hs.GaussNewton(obj)
 
 
 def operators(model, loss, data):
-    objective = hs.Objective(model, loss, data)
-    return hs.Hessian(objective), hs.GaussNewton(objective)
+    return both(hs.Objective(model, loss, data))
+
+
+def check(matrix):
+    dense = matrix.dense()
+    assert torch.equal(dense, dense.T)
+    assert relative_error(dense, Operator.dense(matrix)) < 1e-13
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 @pytest.mark.parametrize("widths", WIDTHS)
-@pytest.mark.parametrize(("loss", "y"), [("cross_entropy", LABELS), ("mse", TARGETS)])
-def test_equals_automatic_differentiation(widths, activation, bias, loss, y):
-    for matrix in operators(sequential(widths, activation, bias), loss, cut(X, y)):
+def test_equals_automatic_differentiation(widths, loss, bias):
+    for matrix in both(objective(WIDTHS[widths], loss, bias=bias)):
         assert matrix.has_closed_form
-        assert relative_error(matrix.dense(), Operator.dense(matrix)) < 1e-13
+        check(matrix)
 
 
-@pytest.mark.parametrize("tile", [1, 700, 2**26])
-def test_tiles_of_samples_change_nothing(monkeypatch, tile):
-    monkeypatch.setattr(mlp, "TILE_BYTES", tile)
-    for matrix in operators(hs.models.mlp((5, 6, 3, C), "gelu", dtype=F64), "cross_entropy", (X, LABELS)):
-        assert relative_error(matrix.dense(), Operator.dense(matrix)) < 1e-13
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation):
+    for matrix in both(objective(WIDTHS["two hidden"], activation=activation)):
+        check(matrix)
+
+
+@pytest.mark.parametrize("tile", [2**10, 2**13, 2**26])
+def test_wide_layers_are_halved(monkeypatch, tile):
+    """300 inputs, so that only half of a symmetric block is multiplied; 70 classes, more than one piece."""
+    monkeypatch.setattr(strips, "TILE_BYTES", tile)
+    for matrix in both(objective((300, 2, 70))):
+        check(matrix)
+
+
+@pytest.mark.parametrize("widths", ["two hidden", "two hidden, many classes"])
+@pytest.mark.parametrize("tile", [1, 5000, 12000])
+def test_tiles_of_samples_change_nothing(monkeypatch, tile, widths):
+    monkeypatch.setattr(strips, "TILE_BYTES", tile)
+    for matrix in both(objective(WIDTHS[widths], activation="gelu")):
+        check(matrix)
+
+
+def test_empty_batches_change_nothing():
+    for matrix in both(objective(WIDTHS["one hidden"], batches=(0, 7, 0, 5))):
+        check(matrix)
+
+
+def test_a_memory_too_small_for_one_sample_is_refused():
+    obj = objective(WIDTHS["one hidden"])
+    network = recognize(obj)
+    with pytest.raises(TooLargeError, match=r"memory = 1.0 KiB is too small .* one sample take at least (\d.\d) KiB"):
+        mlp.dense(obj, network, memory=1024)
+    least = next(memory for memory in range(1024, 10**5) if fits(network, memory))
+    assert relative_error(mlp.dense(obj, network, memory=least), hs.Hessian(obj).dense()) < 1e-13
+
+
+def fits(network, memory):
+    try:
+        return strips.cut_samples(network, 8, memory).bytes <= memory
+    except TooLargeError:
+        return False
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_a_matrix_that_is_not_finite_is_refused(loss):
+    """Inputs of 1e20: the loss is finite, their squares are not."""
+    model = sequential((5, 6, C), bias=False).float()
+    with torch.no_grad():
+        model[0].weight *= 1e-20
+    H, _ = operators(model, loss, (1e20 * X.float(), LABELS if loss == "cross_entropy" else TARGETS.float()))
+    for compute in (H.dense, lambda: hs.block_energies(H, hs.Partition.by_layer(model))):
+        with pytest.raises(DataError, match="not finite"):
+            compute()
 
 
 def test_residual_part_is_the_difference_of_the_closed_forms():
-    H, G = operators(sequential((5, 6, 3, C)), "cross_entropy", (X, LABELS))
+    H, G = operators(sequential((5, 6, 3, C), bias=True), "cross_entropy", (X, LABELS))
     R = H - G
     assert R.has_closed_form
     assert relative_error(R.dense(), Operator.dense(R)) < 1e-12
