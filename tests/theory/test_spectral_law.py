@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hesscope.core.errors import InputError
+from hesscope.core.rng import stream
 from hesscope.theory.softmax_moments import pair_moment, variance_moment
 from hesscope.theory.spectral_law import SpectralLaw, moments_from_weight_moments
 
@@ -104,6 +105,14 @@ def test_hard_edge():
     assert law.atom_at_zero == 0.0
     assert law.density(0.0) == np.inf
     assert law.cdf(law.quantile(1e-5)) == pytest.approx(1e-5, rel=1e-9)
+
+
+def test_hard_edge_of_wide_covariances():
+    """P(lambda != 0) = gamma P(t != 0): the support begins at 0 exactly, however small the smallest t is."""
+    rng = stream(0, "hard edge")
+    for _ in range(60):
+        t, masses = np.append(10.0 ** rng.uniform(-9, 0, 4), 1.0), rng.dirichlet(np.ones(5))
+        assert SpectralLaw([1.0], 1.0, covariance=(t, masses)).support[0][0] == 0.0
 
 
 # --- laws in general --------------------------------------------------------------------------------------------------
