@@ -9,7 +9,13 @@ import torch
 import hesscope as hs
 from hesscope.core.errors import InputError, PartitionError, TooLargeError
 from hesscope.core.records import Provenance
-from hesscope.estimate.block_energies import EXACT_SIZE, Method, choose_method, energies_of_columns
+from hesscope.estimate.block_energies import (
+    CLOSED_FORM_SIZE,
+    EXACT_SIZE,
+    Method,
+    choose_method,
+    energies_of_columns,
+)
 from tests.helpers import F64, build, cut, inputs_for, randint, randn, relative_error
 
 
@@ -120,6 +126,26 @@ def test_progress_counts_every_product():
 def test_auto_takes_whichever_needs_fewer_products(parameters, blocks, probes, chosen):
     exact, probed = Method("exact", 0, products=parameters), Method("probes", 32, products=32 * blocks)
     assert choose_method(parameters, blocks, "auto", probes) == (exact if chosen == "exact" else probed)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "blocks", "chosen"),
+    [
+        (CLOSED_FORM_SIZE, 1, "closed_form"),
+        (CLOSED_FORM_SIZE + 1, 1, "probes"),
+        (14 * 32 * 200, 200, "closed_form"),  # P^2 N / 2 multiply-adds are P / 14 products
+        (14 * 32 * 200 + 1, 200, "probes"),
+    ],
+)
+def test_auto_takes_the_closed_form_unless_probes_are_less_work(parameters, blocks, chosen):
+    assert choose_method(parameters, blocks, "auto", None, closed_form=True).name == chosen
+
+
+def test_auto_leaves_a_closed_form_that_does_not_fit(objective, monkeypatch):
+    H, partition = hs.Hessian(objective), hs.Partition.by_layer(objective.model)
+    assert hs.block_energies(H, partition).provenance.engine.startswith("block energies: closed_form")
+    monkeypatch.setattr("hesscope.estimate.block_energies.available_bytes", lambda device: 2 * H.strip_bytes())
+    assert hs.block_energies(H, partition).provenance.engine.startswith("block energies: exact")
 
 
 def test_auto_is_told_in_the_provenance():

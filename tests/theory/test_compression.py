@@ -128,6 +128,17 @@ def test_orders_of_magnitude():
         assert few.masses[inside] @ (few.values[inside] / scale) == pytest.approx(mean / 3, rel=1e-12)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_small_weights_beside_large_ones_of_the_other_sign(sign, monkeypatch):
+    """Most weights 1e-9 of the others: their part of the law, at its peak, is as accurate as if they were alone."""
+    small = stream(0, "compression", "small").lognormal(0.0, 1.0, 6000)
+    weights = sign * np.concatenate((1e-9 * small, [-1.0, -2.0]))
+    law, truth = SpectralLaw(weights, 2.0), exact(monkeypatch, weights, 2.0)
+    assert len(law._equation.weights.values) < 5000
+    x = sign * np.geomspace(1e-10, 1e-7, 60)
+    np.testing.assert_allclose(law.density(x), truth.density(x), rtol=1e-6)
+
+
 def test_the_record_keeps_what_was_given(monkeypatch):
     """`weights` and the moments are those of the argument, however coarse its replacement."""
     monkeypatch.setattr(compression, "FEW", 8)

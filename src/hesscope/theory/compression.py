@@ -58,7 +58,7 @@ def _bins(values: Array, masses: Array, level: float) -> Indices:
     negative = int(np.searchsorted(values, 0.0))
     start = np.unique([0, 1, negative % size, size - 1]).astype(np.intp)
     stop = np.append(start[1:], size)
-    cumulated = np.stack([np.concatenate(([0.0], np.cumsum(masses * values**k))) for k in (0, 2)])
+    cumulated = np.stack([_cumulated(masses * values**k, negative) for k in (0, 2)])
     error = _error(values, cumulated, start, stop, level)
     tolerance = TOLERANCE
     while True:
@@ -75,6 +75,11 @@ def _bins(values: Array, masses: Array, level: float) -> Indices:
             tolerance *= TIGHTER
         else:
             return np.sort(start)
+
+
+def _cumulated(parts: Array, origin: int) -> Array:
+    """Sums [n + 1] of the parts from `origin` on, such that differences next to it are not lost in the others."""
+    return np.concatenate((-np.cumsum(parts[:origin][::-1])[::-1], [0.0], np.cumsum(parts[origin:])))
 
 
 def _middle(values: Array, start: Indices, stop: Indices) -> Indices:
