@@ -17,6 +17,7 @@ from tests.report.test_page import assert_legible, opened
 
 
 def hesscope(monkeypatch, capsys, *arguments):
+    capsys.readouterr()  # what making a model has printed
     monkeypatch.setattr(sys, "argv", ["hesscope", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         main()
