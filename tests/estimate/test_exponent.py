@@ -53,7 +53,9 @@ def test_intervals_cover_the_truth():
         ({"off_diagonal": np.zeros((5, 3))}, "off_diagonal must be positive"),
         ({"diagonal": np.full((5, 3), np.nan)}, "diagonal must be positive and finite"),
         ({"diagonal": np.ones(5)}, "2 dimensions"),
-        ({"predicted": np.ones(3)}, "must have 5 entries"),
+        ({"predicted": np.ones(3), "asymptotic": -1.0}, "must have 5 entries"),
+        ({"predicted": np.ones(5)}, "given together"),
+        ({"asymptotic": -1.0}, "given together"),
     ],
 )
 def test_bad_input(changes, words):

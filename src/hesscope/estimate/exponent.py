@@ -36,7 +36,7 @@ def fit_exponent(
     diagonal: npt.ArrayLike,
     predicted: npt.ArrayLike | None = None,
     predicted_stderr: npt.ArrayLike | None = None,
-    asymptotic: float = 0.0,
+    asymptotic: float | None = None,
 ) -> ExponentFit:
     """Least-squares slope of log r over log C, where r is the ratio of energies summed over independent networks.
 
@@ -51,10 +51,11 @@ def fit_exponent(
         classes: C, [K], K >= 2 different values.
         off_diagonal, diagonal: mean energies of off-diagonal and of diagonal blocks, [K, S], of S >= 2 networks each.
         predicted, predicted_stderr: r at these C and its standard error, [K].
-        asymptotic: exponent of the prediction as C -> infinity.
+        asymptotic: exponent of the prediction as C -> infinity; needed with `predicted`.
 
     Raises:
-        InputError: shapes that do not fit, fewer than two classes or networks, energies that are not positive.
+        InputError: shapes that do not fit, fewer than two classes or networks, energies that are not positive, a
+            prediction without its exponent.
     """
     from scipy.stats import t
 
@@ -68,6 +69,8 @@ def fit_exponent(
         )
     if len(np.unique(x)) < 2 or S < 2:
         raise InputError(f"an exponent needs at least 2 numbers of classes and 2 networks of each, got {K} and {S}")
+    if (predicted is None) != (asymptotic is None):
+        raise InputError("predicted and asymptotic, the exponent it has as C grows, must be given together")
     base = np.ones(K) if predicted is None else _positive("predicted", predicted, 1)
     error = np.zeros(K) if predicted_stderr is None else np.asarray(predicted_stderr, dtype=np.float64)
     if base.shape != x.shape or error.shape != x.shape:
@@ -80,7 +83,7 @@ def fit_exponent(
     everything = np.ones(S, dtype=bool)
     left_out = np.asarray([slope(np.arange(S) != network) for network in range(S)])
     variance = (S - 1) / S * ((left_out - left_out.mean()) ** 2).sum() + ((slopes * error / base) ** 2).sum()
-    exponent = slope(everything) + (asymptotic if predicted is not None else 0.0)
+    exponent = slope(everything) + (asymptotic or 0.0)
     reach = float(t.ppf((1 + CONFIDENCE) / 2, S - 1) * np.sqrt(variance))
     return ExponentFit(exponent, exponent - reach, exponent + reach)
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
 from hesscope.report.style import COLOURS, MAP, PART_NAMES, figure
 
@@ -20,6 +21,7 @@ ENTRY_DECADES = 5
 ENERGY_DECADES = 6
 PIXELS = 600
 NAME_LENGTH = 24
+CLASSES_LABELLED = 6
 
 # Energies this far below the largest are rounding of float64 (its square), and are drawn as zero.
 ROUNDING = 1e-28
@@ -150,6 +152,27 @@ def spectrum_on_law(
     axes.set_xlabel("eigenvalue")
     axes.locator_params(axis="x", nbins=5)
     axes.ticklabel_format(axis="both", style="sci", scilimits=(-2, 4), useMathText=True)
+
+
+def class_axis(axes: Axes, classes: Sequence[int]) -> None:
+    """A logarithmic axis of numbers of classes, labelled at those that there are if they are few."""
+    axes.set_xscale("log")
+    axes.set_xlabel("number of classes C")
+    if len(classes) <= CLASSES_LABELLED:
+        axes.set_xticks(list(classes), [f"{C:,}" for C in classes])
+        axes.tick_params(axis="x", labelsize=9)
+    axes.xaxis.minorticks_off()
+
+
+def log_values(axes: Axes, values: Array) -> None:
+    """A logarithmic vertical axis with labels also where these positive values span less than two decades."""
+    axes.set_yscale("log")
+    if float(values.max()) < 100 * float(values.min()):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf)))
+        low, high = float(values.min()), float(values.max())
+        axes.set_ylim(low / 1.6, high * 1.6)
+    axes.yaxis.minorticks_off()
 
 
 def curves(axes: Axes, x: Array, lines: Mapping[str, tuple[Array, str, str]], ylabel: str) -> None:

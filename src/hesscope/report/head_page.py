@@ -146,7 +146,7 @@ def _rank_figure(folder: Path, result: xr.Dataset) -> Picture:
     axes = grid[0, 0]
     axes.plot(np.arange(1, len(shown) + 1), shown, color=COLOURS["G"], linewidth=1.5)
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    figures.log_values(axes, shown)
     half = _tokens_for(result, 0.5)
     axes.axvline(half, color="#888888", linewidth=0.8)
     right = half**2 < len(shown)  # more room on this side of the line, on a logarithmic axis
@@ -161,7 +161,7 @@ def _rank_figure(folder: Path, result: xr.Dataset) -> Picture:
     )
     axes.set_xlabel("rank of the token")
     axes.set_ylabel("diagonal energy ‖H_ii‖²")
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     return picture(folder, "token-energies", fig, "Diagonal energies of all tokens, sorted")
 
 

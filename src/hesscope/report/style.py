@@ -74,4 +74,5 @@ def one_part_in(ratio: float) -> str:
     if ratio >= 1:
         return f"{number(ratio, 2)} times the diagonal"
     digits = 2 if ratio > 0.01 else 3
-    return f"1 part in {number(float(f'{1 / ratio:.{digits - 1}e}'), digits)}"
+    parts = float(f"{1 / ratio:.{digits - 1}e}")
+    return f"1 part in {parts:,.0f}" if 1000 <= parts < 1e12 else f"1 part in {number(parts, digits)}"

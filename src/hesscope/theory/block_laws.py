@@ -47,8 +47,9 @@ def block_laws(
 ) -> BlockLaws:
     """Laws of H_11 and H_12 of the linear model's V or of the hidden layer's W, d x d blocks, in the loss's units.
 
-    The weights are samples: 20,000, fewer above 10,000 classes. For the hidden layer they hold given V, of which one is
-    drawn (`seed`); its blocks differ from draw to draw by a relative O(1/sqrt(C)).
+    The weights are samples (20,000, fewer above 10,000 classes) of those that ReLU does not mask, whose probability is
+    exact: the rare ones at the rim can come out as narrow intervals of the support. For the hidden layer the laws hold
+    given V, of which one is drawn (`seed`): off-diagonal blocks even change their sign with it.
 
     Args: as in `static_force`.
 
@@ -59,10 +60,11 @@ def block_laws(
     """
     ensemble = describe(model, loss, classes, gamma, width, activation, hidden_scale, output_scale)
     rng = stream(seed, "block_laws", model, loss, activation, classes)
-    own, cross = (
-        _linear_weights(ensemble, rng) if ensemble.width is None else _hidden_weights(ensemble, ensemble.width, rng)
-    )
-    return BlockLaws(SpectralLaw(own, ensemble.gamma), SpectralLaw(cross, ensemble.gamma))
+    if ensemble.width is None:
+        own, cross = _linear_weights(ensemble, rng)
+        return BlockLaws(SpectralLaw(own, ensemble.gamma), SpectralLaw(cross, ensemble.gamma))
+    V = rng.standard_normal((ensemble.classes, ensemble.width)) * (ensemble.output_scale / sqrt(ensemble.width))
+    return BlockLaws(*(_hidden_law(ensemble, V, other, rng) for other in (0, 1)))
 
 
 def _linear_weights(ensemble: Ensemble, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -74,28 +76,29 @@ def _linear_weights(ensemble: Ensemble, rng: np.random.Generator) -> tuple[Array
     return p[:, 0] * (1 - p[:, 0]), -p[:, 0] * p[:, 1]
 
 
-def _hidden_weights(ensemble: Ensemble, m: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """(V^T A V)_ij s'_i s'_j + delta_ij (V^T e)_i s''_i for neurons (1, 1) and (1, 2) and one V."""
-    C = ensemble.classes
-    V = rng.standard_normal((C, m)) * (ensemble.output_scale / sqrt(m))
-    own, cross = [], []
-    for rows in _tiles(C):
-        z = ensemble.hidden_scale * rng.standard_normal((rows, m))
-        labels = rng.integers(0, C, rows)
+def _hidden_law(ensemble: Ensemble, V: Array, other: int, rng: np.random.Generator) -> SpectralLaw:
+    """Law for the weights (V^T A V)_ij s'_i s'_j + delta_ij (V^T e)_i s''_i of neurons i = 0 and j = `other`."""
+    relu = ensemble.activation == "relu"
+    v, w = V[:, 0], V[:, other]
+    weights = []
+    for rows in _tiles(ensemble.classes):
+        z = ensemble.hidden_scale * rng.standard_normal((rows, V.shape[1]))
+        if relu:  # only inputs that both neurons let pass; the others have weight zero
+            z[:, [0, other]] = np.abs(z[:, [0, other]])
+        labels = rng.integers(0, ensemble.classes, rows)
         h, slope, bend = ACTIVATIONS[ensemble.activation].derivatives(z)
         outputs = h @ V.T
-        v, w = V[:, 0], V[:, 1]
         if ensemble.loss == "mse":
-            scale, residual = 2 / C, 2 / C * (outputs @ v - v[labels])
-            a, b = np.full(rows, scale * (v @ v)), np.full(rows, scale * (v @ w))
+            scale = 2 / ensemble.classes
+            curvature, residual = np.full(rows, scale * (v @ w)), scale * (outputs @ v - v[labels])
         else:
             p = _softmax(outputs)
-            mean = p @ v
-            residual = mean - v[labels]
-            a, b = p @ v**2 - mean**2, p @ (v * w) - mean * (p @ w)
-        own.append(a * slope[:, 0] ** 2 + residual * bend[:, 0])
-        cross.append(b * slope[:, 0] * slope[:, 1])
-    return np.concatenate(own), np.concatenate(cross)
+            curvature, residual = p @ (v * w) - (p @ v) * (p @ w), p @ v - v[labels]
+        weights.append(curvature * slope[:, 0] * slope[:, other] + (other == 0) * residual * bend[:, 0])
+    drawn = np.concatenate(weights)
+    passed = (0.5 if other == 0 else 0.25) if relu else 1.0
+    probabilities = np.append(np.full(len(drawn), passed / len(drawn)), 1 - passed)
+    return SpectralLaw(np.append(drawn, 0.0), ensemble.gamma, probabilities)
 
 
 def _tiles(classes: int) -> list[int]:

@@ -77,7 +77,7 @@ def describe(
     if loss == "cross_entropy" and width <= bound:
         raise InputError(
             f"cross-entropy with {activation} needs width > {bound:g} at these scales (the moments of the limit C -> "
-            f"infinity diverge below, MATH.md section 4.5), got {width}"
+            f"infinity diverge below, arXiv:2505.02809), got {width}"
         )
     return Ensemble(model, loss, classes, gamma, width, inputs, samples, activation, hidden_scale, output_scale)
 

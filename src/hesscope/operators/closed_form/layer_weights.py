@@ -105,11 +105,14 @@ def layer_weights(
 
     Source: arXiv:2505.02809; MATH.md, sections 2 and 3.
     """
+    if not isinstance(objective, Objective):
+        raise InputError(f"objective must be a hesscope.Objective, got {type(objective).__name__}")
     network = recognize(objective)
     if network is None:
         raise InputError(
-            "layer_weights needs a fully connected network of linear layers and elementwise activations, with "
-            f"cross-entropy or mean squared error; got {type(objective.model).__name__} with {objective.loss.name}"
+            "the weights of a layer need a fully connected network (hesscope.models.MLP, or a torch.nn.Sequential of "
+            "Linear layers and elementwise activations in turn) with cross-entropy or mean squared error; got "
+            f"{type(objective.model).__name__} with {objective.loss.name}"
         )
     if layer not in network.layers:
         known = ", ".join(network.layers)
@@ -159,6 +162,8 @@ def _curvature(tile: Tile, number: int, neurons: Tensor, gauss_newton: bool) -> 
 def _chosen(neurons: Iterable[Any] | None, size: int, layer: str) -> list[int]:
     if neurons is None:
         return list(range(size))
+    if not isinstance(neurons, Iterable):
+        raise InputError(f"neurons must be a list of whole numbers, got {neurons!r}")
     chosen = list(neurons)
     for neuron in chosen:
         if isinstance(neuron, bool) or not isinstance(neuron, Integral) or not 0 <= int(neuron) < size:

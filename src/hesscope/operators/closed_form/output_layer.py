@@ -242,6 +242,8 @@ class _Tiles:
 def _require_fit(given: dict[str, Tensor]) -> None:
     """Refuse tensors that do not fit each other."""
     for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         dims = 1 if name == "bias" else 2
         if tensor.ndim != dims or 0 in tensor.shape:
             raise InputError(
