@@ -86,6 +86,7 @@ STATIC = [
     (("sweep", "--networks", "1"), "at least 2 networks"),
     (("sweep", "--width", "2"), "needs width > 2"),
     (("sweep", "--samples", "1"), "samples must be at least 2"),
+    (("sweep", "--rtol", "2"), "rtol must lie between 0 and 1"),
     (("sweep", "--inputs", "0"), "inputs must be a positive integer"),
     (("sweep", "--loss", ""), "losses must name each loss once"),
 ]

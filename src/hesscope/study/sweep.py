@@ -110,6 +110,8 @@ class SweepSettings:
             require_positive_int(name, getattr(self, name))
         if self.samples < 2:
             raise InputError("samples must be at least 2")
+        if not 0 < self.rtol < 1:
+            raise InputError(f"rtol must lie between 0 and 1, got {self.rtol}")
         for series in self.series:  # what the theory refuses is refused before any work
             describe(series.model, series.loss, self.classes[0], **self.theory_arguments)
 

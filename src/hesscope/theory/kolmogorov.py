@@ -8,7 +8,7 @@ import numpy.typing as npt
 from hesscope.core.errors import InputError
 from hesscope.theory.spectral_law import SpectralLaw
 
-# Eigenvalues this far below the largest magnitude are zeros of a matrix that lacks rank.
+# Eigenvalues this far below the largest magnitude are zeros of a matrix that lacks rank; in float32, more are.
 ROUNDING = 1e-10
 
 
@@ -23,10 +23,13 @@ def kolmogorov_distance(law: SpectralLaw, eigenvalues: npt.ArrayLike) -> float:
     Raises:
         InputError: no eigenvalues, or values that are not finite.
     """
-    values = np.sort(np.asarray(eigenvalues, dtype=np.float64).ravel())
+    given = np.asarray(eigenvalues)
+    values = np.sort(given.astype(np.float64).ravel())
     if not values.size or not np.isfinite(values).all():
         raise InputError("eigenvalues must be a non-empty array of finite numbers")
-    values = np.sort(np.where(np.abs(values) < ROUNDING * np.abs(values).max(), 0.0, values))
+    eps = float(np.finfo(given.dtype).eps) if given.dtype.kind == "f" else 0.0
+    rounding = max(ROUNDING, eps * len(values)) * np.abs(values).max()
+    values = np.sort(np.where(np.abs(values) < rounding, 0.0, values))
     at = law.cdf(values)
     below = at - law.atom_at_zero * (values == 0)
     counts_at = np.searchsorted(values, values, side="right") / len(values)

@@ -65,7 +65,7 @@ def sample_ratios(ensemble: Ensemble, rtol: float, seed: int) -> dict[str, Sampl
         draws += [_draw(ensemble, rng) for _ in range(ROUND if draws else FIRST)]
         ratios = {layer: SampledRatio.of(np.asarray([draw[layer] for draw in draws])) for layer in draws[0]}
         relative = max(ratio.stderr / ratio.value for ratio in ratios.values())
-        if relative <= rtol or len(draws) >= affordable:
+        if not relative > rtol or len(draws) >= affordable:  # nan, where energies underflow, will not get better
             return ratios
 
 

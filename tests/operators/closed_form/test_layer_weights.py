@@ -129,7 +129,7 @@ def test_bad_numbers_of_a_block(number):
 
 def test_networks_without_a_closed_form():
     model = nn.Sequential(sequential((5, 6, C)), nn.Dropout())
-    with pytest.raises(InputError, match=r"needs a fully connected network .* got Sequential with cross_entropy"):
+    with pytest.raises(InputError, match=r"need a fully connected network .* got Sequential with cross_entropy"):
         layer_weights(hs.Objective(model, "cross_entropy", (X, LABELS)), "0")
 
 

@@ -165,3 +165,40 @@ def test_block_energies_use_it():
     assert relative_error(torch.from_numpy(auto.values), torch.from_numpy(exact.values)) < 1e-12
     with pytest.raises(hs.HesscopeError, match="needs a fully connected network"):
         hs.block_energies(torch.eye(H.shape[0]), partition, method="closed_form")
+
+
+def test_modules_that_occur_twice():
+    """`named_children` leaves the second occurrence out: another network, with another Hessian."""
+    act, layer = nn.Tanh(), nn.Linear(5, 5)
+    shared = nn.Sequential(nn.Linear(5, 6), act, nn.Linear(6, 6), act, nn.Linear(6, C)).to(F64)
+    for matrix in operators(shared, "cross_entropy", (X, LABELS)):
+        assert matrix.has_closed_form
+        check(matrix)
+    others = [
+        nn.Sequential(nn.Linear(5, 6), act, nn.Linear(6, C), act),
+        nn.Sequential(nn.Linear(5, 6), act, act, nn.Linear(6, C)),
+        nn.Sequential(layer, act, layer, act, nn.Linear(5, C)),
+    ]
+    for model in others:
+        matrix, _ = operators(model.to(F64), "cross_entropy", (X, LABELS))
+        assert not matrix.has_closed_form
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.ELU(inplace=True), nn.LeakyReLU(0.1, inplace=True)])
+def test_activations_that_work_in_place(activation):
+    model = nn.Sequential(nn.Linear(5, 6), activation, nn.Linear(6, C)).to(F64)
+    plain = nn.Sequential(model[0], type(activation)(*((0.1,) if type(activation) is nn.LeakyReLU else ())), model[2])
+    for matrix, reference in zip(
+        operators(model, "cross_entropy", (X, LABELS)), operators(plain, "cross_entropy", (X, LABELS)), strict=True
+    ):
+        assert matrix.has_closed_form
+        assert relative_error(matrix.dense(), Operator.dense(reference)) < 1e-13
+
+
+def test_subclasses_of_activations_are_left_to_automatic_differentiation():
+    class Twice(nn.ReLU):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    matrix, _ = operators(nn.Sequential(nn.Linear(5, 6), Twice(), nn.Linear(6, C)).to(F64), "mse", (X, TARGETS))
+    assert not matrix.has_closed_form

@@ -56,11 +56,47 @@ def test_progress_counts_every_tile_once_and_ends_at_the_whole(memory):
     assert (len(seen) > 10) == (memory == 4_000)
 
 
-def test_progress_of_a_repetition_in_float64_goes_on_to_the_end():
-    features, weight = layer(60.0, torch.float32)
-    seen = []
-    output_layer_energies(features, weight=weight, progress=lambda *step: seen.append(step))
-    assert seen == [(1, 1), (2, 2)]
+def exact_energies(features, logits):
+    """Diagonal and off-diagonal energy in exact arithmetic but for the exponentials: 1 - p from the other classes."""
+    import mpmath
+
+    mpmath.mp.dps = 300
+    N, C = logits.shape
+    rows = [[mpmath.exp(mpmath.mpf(float(x))) for x in row] for row in logits]
+    p = [[x / sum(row) for x in row] for row in rows]
+    gram = (features.double() @ features.double().T).square()
+    q = [[x * (sum(row) - x) / sum(row) ** 2 for x in row] for row in rows]
+    diagonal = off = mpmath.mpf(0)
+    for n in range(N):
+        for m in range(N):
+            weight = mpmath.mpf(float(gram[n, m]))
+            w = [p[n][i] * p[m][i] for i in range(C)]
+            diagonal += weight * sum(q[n][i] * q[m][i] for i in range(C))
+            off += weight * (sum(w) ** 2 - sum(x * x for x in w))
+    return float(diagonal / N**2), float(off / N**2)
+
+
+CERTAIN = [(1, 2, 300, 10), (3, 2, 300, 10), (5, 3, 0, 30), (7, 9, 15, 20), (10, 10, 100, 12), (6, 5, 0, 0)]
+CASES = [(*case, dtype) for case in CERTAIN for dtype in (torch.float64, torch.float32)]
+# Beyond a margin of 44 the squares of probabilities underflow in float32.
+CASES.append((6, 3, 0, 300, torch.float64))
+
+
+@pytest.mark.parametrize("memory", [2**30, 8000])
+@pytest.mark.parametrize(("samples", "classes", "shift", "margin", "dtype"), CASES)
+def test_certain_predictions_cost_no_digits(samples, classes, shift, margin, memory, dtype):
+    """float64 to 1e-10 and float32 to 1e-4 where 1 - p is far below rounding; a plain softmax gives 0 or noise."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(samples, 4, generator=generator).to(dtype)
+    logits = torch.randn(samples, classes, generator=generator) + shift
+    logits[torch.arange(samples), torch.randint(0, classes, (samples,), generator=generator)] += margin
+    found = output_layer_energies(features, logits.to(dtype), memory=memory)
+    diagonal, off = exact_energies(features, logits)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    assert found.diagonal == pytest.approx(diagonal, rel=tolerance, abs=0)
+    assert found.off_diagonal == pytest.approx(off, rel=tolerance, abs=0)
+    if classes == 2:
+        assert found.ratio == pytest.approx(1, rel=tolerance)
 
 
 def test_a_record_survives_xarray():

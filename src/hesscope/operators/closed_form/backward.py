@@ -158,7 +158,7 @@ def _activation_derivatives(activation: Activation, z: Tensor) -> tuple[Tensor, 
     """s(z), s'(z) and s''(z) of an elementwise function, as PyTorch differentiates it."""
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
-        value = activation(leaf)
+        value = activation(leaf.clone())  # it may work in place
         (slope,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
         bend = torch.zeros_like(z)
         if slope.requires_grad:

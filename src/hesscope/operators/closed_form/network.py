@@ -102,14 +102,16 @@ def _layers(model: nn.Module) -> tuple[tuple[str, ...], tuple[Activation, ...]] 
         return None
     names: list[str] = []
     activations: list[Activation] = []
-    for name, module in model.named_children():
+    for name, module in model._modules.items():  # named_children leaves out what occurs twice
         if type(module) is nn.Linear and len(names) == len(activations):
             names.append(name)
-        elif isinstance(module, ELEMENTWISE) and len(names) == len(activations) + 1:
+        elif type(module) in ELEMENTWISE and len(names) == len(activations) + 1:
             activations.append(module)
         else:
             return None
-    return (tuple(names), tuple(activations)) if len(names) == len(activations) + 1 else None
+    distinct = {id(model._modules[name]) for name in names}
+    whole = len(names) == len(activations) + 1 and len(distinct) == len(names)
+    return (tuple(names), tuple(activations)) if whole else None
 
 
 def _is_hooked(module: nn.Module) -> bool:
