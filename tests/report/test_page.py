@@ -96,9 +96,13 @@ def test_pages_of_studies_in_a_browser(name, tmp_path):
 
 
 STATIC = {
-    "sweep of both losses": SweepSettings((3, 6, 12), 2, inputs=40, samples=80, width=4),
-    "sweep of squared error": SweepSettings((3, 6), 2, ("mse",), inputs=40, samples=30, width=4, activation="tanh"),
-    "theory of both losses": TheorySettings(losses=("cross_entropy", "mse"), classes=(3, 10), gammas=(0.5, 2.0)),
+    "sweep of both losses": SweepSettings((3, 6, 12), 2, inputs=40, samples=80, width=4, rtol=0.2),
+    "sweep of squared error": SweepSettings(
+        (3, 6), 2, ("mse",), inputs=40, samples=30, width=4, activation="tanh", rtol=0.2
+    ),
+    "theory of both losses": TheorySettings(
+        losses=("cross_entropy", "mse"), classes=(3, 10), gammas=(0.5, 2.0), rtol=0.1
+    ),
     "theory of linear models": TheorySettings("linear", ("cross_entropy",), (2, 10, 131072)),
     "theory of linear models, squared error": TheorySettings("linear", ("mse",), (10,)),
 }

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 settings = DemoSettings(width=4, epochs=4, theory_classes=(3, 10), sweep_classes=(3, 6))
 run_demo(Path(sys.argv[1]), settings, lambda title, share: None)
 """
-SWEEP = ["sweep", "--classes", "3,5,8", "--inputs", "60", "--samples", "120", "--width", "4"]
+SWEEP = ["sweep", "--classes", "3,5,8", "--inputs", "60", "--samples", "120", "--width", "4", "--rtol", "0.2"]
 STUDY = """
 model = "tests.study.user_code:network"
 model_arguments = { width = 40 }

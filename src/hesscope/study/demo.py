@@ -63,7 +63,7 @@ class DemoSettings:
     @property
     def sweep(self) -> SweepSettings:
         """What is measured over the number of classes, on Gaussian inputs."""
-        return SweepSettings(classes=self.sweep_classes, inputs=200, samples=400, seed=self.seed)
+        return SweepSettings(classes=self.sweep_classes, inputs=200, samples=400, rtol=0.05, seed=self.seed)
 
     @property
     def fingerprint(self) -> str:

@@ -139,6 +139,7 @@ def _laws(settings: TheorySettings) -> xr.Dataset:
         laws = block_laws(settings.model, loss, settings.classes[0], **arguments, seed=settings.seed)
         for law in (laws.diagonal, laws.off_diagonal):
             ends = [end for interval in law.support for end in interval] + [0.0]
+            ends += [1.0] * (not law.support)  # the zero matrix: an atom and nothing else
             margin = 0.05 * (max(ends) - min(ends))
             grid = np.linspace(min(ends) - margin, max(ends) + margin, GRID)
             grids.append(grid)

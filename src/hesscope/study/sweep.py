@@ -227,11 +227,12 @@ def _layer_energies(objective: Objective, series: Series) -> tuple[float, float]
 def _predict(settings: SweepSettings, C: int, progress: Progress) -> xr.Dataset:
     import xarray as xr
 
-    ratios, limits = [], []
+    ratios, limits, forces = [], [], {}
     for number, series in enumerate(settings.series):
-        force = static_force(
-            series.model, series.loss, C, **settings.theory_arguments, rtol=settings.rtol, seed=settings.seed
-        )
+        kind = series.model, series.loss
+        if kind not in forces:  # one prediction for both layers
+            forces[kind] = static_force(*kind, C, **settings.theory_arguments, rtol=settings.rtol, seed=settings.seed)
+        force = forces[kind]
         ratios.append([getattr(force, f"{series.layer}_{what}") for what in ("ratio", "stderr")])
         limits.append(getattr(force, f"limit_{series.layer}"))
         progress((number + 1) / len(settings.series))
