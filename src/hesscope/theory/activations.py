@@ -8,7 +8,6 @@ from math import pi, sqrt
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import erf
 
 Array = npt.NDArray[np.float64]
 
@@ -43,6 +42,8 @@ def _tanh(z: Array) -> tuple[Array, Array, Array]:
 
 
 def _gelu(z: Array) -> tuple[Array, Array, Array]:
+    from scipy.special import erf
+
     below = (1 + erf(z / sqrt(2))) / 2
     density = np.exp(-(z**2) / 2) / sqrt(2 * pi)
     return z * below, below + z * density, density * (2 - z**2)

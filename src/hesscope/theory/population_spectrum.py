@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 
 from hesscope.core.checks import require_positive_int
 from hesscope.core.errors import HesscopeError, InputError
@@ -68,6 +67,8 @@ def population_spectrum(sample_eigenvalues: npt.ArrayLike, gamma: float, points:
 
     Source: El Karoui, Annals of Statistics 36 (2008) 2757; Marchenko, Pastur 1967; Silverstein 1995.
     """
+    from scipy.optimize import nnls
+
     require_gamma(gamma)
     require_positive_int("points", points)
     sample = _sample(sample_eigenvalues, float(gamma))
