@@ -26,8 +26,8 @@ Array = npt.NDArray[np.float64]
 
 # Networks drawn before the first and between two looks at the standard errors.
 FIRST, ROUND = 64, 32
-# Multiply-adds that a prediction may cost: about 30 s on two cores.
-BUDGET = 2.5e12
+# Multiply-adds that a prediction may cost: at most about 30 s on two cores.
+BUDGET = 5e11
 # Inputs that a network sees: between the two ends, and inputs x classes at most this in between. Few at large C, where
 # another network tells more than other inputs to the same one.
 FEWEST_INPUTS, MOST_INPUTS, TABLE = 32, 256, 2**17
