@@ -30,14 +30,24 @@ TABLE_ROWS = 60
 
 def write_sweep_page(folder: Path, sweep: xr.Dataset, command: str) -> Path:
     """Write folder/report.html and the figures from the result of `hesscope sweep`."""
-    context = {"headline": sweep_headline(sweep), "sweep": sweep_section(folder, sweep), "command": command}
-    return write_page(folder / "report.html", "sweep.html", {**context, "attributes": sweep.attrs})
+    section = {"sweep": sweep_section(folder, sweep)}
+    return _write(
+        folder, "sweep", "measured over the number of classes", sweep_headline(sweep), section, sweep, command
+    )
 
 
 def write_theory_page(folder: Path, theory: xr.Dataset, command: str) -> Path:
     """Write folder/report.html and the figures from the result of `hesscope theory`."""
-    context = {"headline": theory_headline(theory), "theory": theory_section(folder, theory), "command": command}
-    return write_page(folder / "report.html", "theory.html", {**context, "attributes": theory.attrs})
+    section = {"theory": theory_section(folder, theory)}
+    return _write(folder, "theory", "predicted", theory_headline(theory), section, theory, command)
+
+
+def _write(
+    folder: Path, part: str, said: str, headline: str, section: Mapping[str, Any], data: xr.Dataset, command: str
+) -> Path:
+    """A page of its own around one section."""
+    context = {"part": part, "said": said, "headline": headline, "command": command, "attributes": data.attrs}
+    return write_page(folder / "report.html", "static.html", {**context, **section})
 
 
 def sweep_section(folder: Path, sweep: xr.Dataset) -> dict[str, Any]:
