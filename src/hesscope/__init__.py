@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hesscope.estimate.exponent import ExponentFit, fit_exponent
     from hesscope.estimate.semi_empirical import SemiEmpiricalLaw, semi_empirical_law
     from hesscope.objective import Objective
-    from hesscope.operators import GaussNewton, Hessian, as_operator
+    from hesscope.operators import EmpiricalFisher, GaussNewton, Hessian, as_operator
     from hesscope.operators.closed_form import LayerWeights, OutputLayerEnergies, layer_weights, output_layer_energies
     from hesscope.partition import Partition
 
@@ -28,6 +28,7 @@ _HOME: dict[str, str | None] = {
     "Partition": "hesscope.partition",
     "Hessian": "hesscope.operators",
     "GaussNewton": "hesscope.operators",
+    "EmpiricalFisher": "hesscope.operators",
     "as_operator": "hesscope.operators",
     "block_energies": "hesscope.estimate.block_energies",
     "BlockEnergies": "hesscope.estimate.energies",
@@ -47,6 +48,7 @@ _HOME: dict[str, str | None] = {
 
 __all__ = [
     "BlockEnergies",
+    "EmpiricalFisher",
     "ExponentFit",
     "GaussNewton",
     "HesscopeError",

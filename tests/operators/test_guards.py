@@ -6,7 +6,7 @@ from torch import nn
 
 import hesscope as hs
 from hesscope.core.errors import DataError, ModelError
-from hesscope.operators import curvature
+from hesscope.operators import choice
 from tests.helpers import F64, randint, randn, relative_error
 
 X, Y = randn(6, 1, 5, 5, seed=1), randint(3, 6, seed=2)
@@ -172,8 +172,8 @@ def test_random_batches_of_the_user_s_own_type_are_seen():
 def test_checks_are_made_once(monkeypatch):
     """They cost two products: a product with one vector must not pay them again and again."""
     made = []
-    check = curvature.require_symmetric
-    monkeypatch.setattr(curvature, "require_symmetric", lambda *given: (made.append(1), check(*given)))
+    check = choice.require_symmetric
+    monkeypatch.setattr(choice, "require_symmetric", lambda *given: (made.append(1), check(*given)))
     H = hs.Hessian(
         hs.Objective(nn.Linear(4, 3, dtype=F64), "cross_entropy", (randn(8, 4, seed=1), randint(3, 8, seed=2)))
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -75,6 +75,16 @@ class ParameterSpace:
         index = self.names.index(name)
         start = sum(self.sizes[:index])
         return slice(start, start + self.sizes[index])
+
+    def subspace(self, names: Iterable[str]) -> ParameterSpace:
+        """The space of some of the tensors, in the order they have here."""
+        chosen = set(names)
+        for name in chosen:
+            self.slice(name)  # raises for a name that is not here
+        if not chosen:
+            raise InputError("a subspace needs at least one parameter name")
+        kept = [(name, shape) for name, shape in zip(self.names, self.shapes, strict=True) if name in chosen]
+        return replace(self, names=tuple(name for name, _ in kept), shapes=tuple(shape for _, shape in kept))
 
     def flatten(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Dict of tensors with these names and shapes -> vector [P]."""

@@ -86,12 +86,17 @@ def split_batch(batch: Any, index: int) -> SplitBatch:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The same nested batch with its tensors on `device`."""
-    return _mapped(batch, lambda tensor: tensor.to(device))
+    return mapped(batch, lambda tensor: tensor.to(device))
+
+
+def cast(batch: Any, own: torch.dtype, dtype: torch.dtype) -> Any:
+    """The same nested batch with its tensors of dtype `own` in `dtype`."""
+    return mapped(batch, lambda tensor: tensor.to(dtype) if tensor.dtype == own else tensor)
 
 
 def cloned(batch: Any) -> Any:
     """The same nested batch with copies of its tensors."""
-    return _mapped(batch, lambda tensor: tensor.clone())
+    return mapped(batch, lambda tensor: tensor.clone())
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
@@ -102,19 +107,20 @@ def tensors_in(batch: Any) -> list[Tensor]:
         found.append(tensor)
         return tensor
 
-    _mapped(batch, collect)
+    mapped(batch, collect)
     return found
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested batch with `function` of its tensors."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(entry, function) for key, entry in value.items()}
+        return {key: mapped(entry, function) for key, entry in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(entry, function) for entry in value))
+        return type(value)(*(mapped(entry, function) for entry in value))
     if type(value) in (tuple, list):
-        return type(value)(_mapped(entry, function) for entry in value)
+        return type(value)(mapped(entry, function) for entry in value)
     return value
 
 

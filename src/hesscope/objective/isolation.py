@@ -11,8 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 Result = TypeVar("Result")
+
+# Ways to convert a tensor: without an argument, and to what another tensor is.
+NARROWING = {Tensor.float: torch.float32, Tensor.half: torch.float16, Tensor.bfloat16: torch.bfloat16}
+CONVERSIONS = (Tensor.to, Tensor.type_as)
 
 
 @contextmanager
@@ -69,12 +74,64 @@ class _Caller(nn.Module):
         return function(self.model)
 
 
-def call_with(model: nn.Module, parameters: Mapping[str, Tensor], function: Callable[[nn.Module], Result]) -> Result:
+def call_with(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    function: Callable[[nn.Module], Result],
+    dtype: torch.dtype | None = None,
+) -> Result:
     """`function(model)` with these parameters in place of the model's, and with copies of its buffers.
 
-    Tied parameters follow the one given; a forward that writes to its buffers writes to the copies.
+    Parameters that are not given are constants. Tied parameters follow the one given; a forward that writes to its
+    buffers writes to the copies. With a `dtype`, constants and buffers that are floating-point are converted to it.
     """
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    swapped = {f"model.{name}": tensor for name, tensor in {**parameters, **buffers}.items()}
+
+    def converted(tensor: Tensor) -> Tensor:
+        return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+    fixed = {name: converted(p.detach()) for name, p in model.named_parameters() if name not in parameters}
+    buffers = {name: converted(buffer.clone()) for name, buffer in model.named_buffers()}
+    swapped = {f"model.{name}": tensor for name, tensor in {**parameters, **fixed, **buffers}.items()}
     result: Result = torch.func.functional_call(_Caller(model), swapped, (function,))
     return result
+
+
+class ForwardWatch(TorchFunctionMode):
+    """Stands behind every call of PyTorch in a forward pass: keeps its precision, and notices attention.
+
+    Some models round inside, whatever their parameters are (Llama's norms to float32): in float64 their curvature would
+    have seven digits, and not be symmetric beyond.
+
+    Attributes:
+        attends: whether scaled dot-product attention was called; rounded: whether something was kept from rounding.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.attends = False
+        self.rounded = False
+        self._narrower = {d for d in (torch.float32, torch.float16, torch.bfloat16) if d.itemsize < dtype.itemsize}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The call, without a conversion to a narrower dtype."""
+        self.attends |= func is torch.nn.functional.scaled_dot_product_attention
+        kwargs = kwargs or {}
+        # Constants (Llama's rotary angles) are left as they are: what is measured is the user's function.
+        if args and isinstance(args[0], Tensor) and args[0].dtype == self.dtype and args[0].requires_grad:
+            if func in NARROWING and NARROWING[func] in self._narrower:
+                self.rounded = True
+                return args[0]
+            args = (args[0], *(self._kept(arg, func) for arg in args[1:]))
+            kwargs = {name: self._kept(value, func) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _kept(self, argument: Any, func: Any) -> Any:
+        """The argument, if it is not a narrower dtype or, of a conversion, a tensor of such."""
+        if isinstance(argument, torch.dtype) and argument in self._narrower:
+            self.rounded = True
+            return self.dtype
+        if func in CONVERSIONS and isinstance(argument, Tensor) and argument.dtype in self._narrower:
+            self.rounded = True
+            return argument.to(self.dtype)
+        return argument

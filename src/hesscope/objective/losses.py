@@ -49,6 +49,13 @@ class OutputLoss:
     module: nn.Module
     evaluate: Callable[[Tensor, Tensor], SumAndTerms]
 
+    def term_axes(self, outputs: Tensor, targets: Tensor) -> tuple[int, ...]:
+        """The axes of the outputs that run over the entries of one loss term: classes, or all of a sample's entries."""
+        if isinstance(self.module, ELEMENTWISE):
+            return tuple(range(1, outputs.ndim))
+        tokens = outputs.ndim == 3 and targets.shape == outputs.shape[:2]
+        return (2,) if tokens else (min(1, outputs.ndim - 1),)
+
 
 @dataclass(frozen=True)
 class BatchLoss:

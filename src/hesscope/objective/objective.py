@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hesscope.core.errors import DataError, HesscopeError, InputError, ModelError
+from hesscope.core.rng import normal, stream
 from hesscope.core.vectors import ParameterSpace
-from hesscope.objective.batches import as_batches, cloned, fingerprint, split_batch, tensors_in, to_device
-from hesscope.objective.isolation import call_with, isolated
+from hesscope.objective.batches import as_batches, cast, cloned, fingerprint, split_batch, tensors_in, to_device
+from hesscope.objective.isolation import ForwardWatch, call_with, isolated
 from hesscope.objective.losses import BatchLoss, OutputLoss, SumAndTerms, as_loss
+from hesscope.objective.pieces import cut
+
+ATTENTION = "attention runs in PyTorch's mathematical form: its fused kernels have no second derivative"
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,20 @@ class Objective:
         loss: "cross_entropy", "mse", a torch loss module, or callable(model, batch) -> (sum of terms, number of terms).
         data: one batch (x, y), a list of batches or a DataLoader; a batch may be a dict (inputs by name, targets under
             "labels"). Tensors are moved to the parameters' device.
+        dtype: in which to measure, torch.float32 or torch.float64 (or the parameters' own, to insist on it); the
+            parameters' own unless told, but float32 for models in half precision, where curvature drowns in rounding.
 
     Raises:
         InputError, DataError, ModelError: see the messages; each names the argument or the batch.
     """
 
-    def __init__(self, model: nn.Module, loss: str | nn.Module | Callable[..., Any], data: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str | nn.Module | Callable[..., Any],
+        data: Any,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)) or hasattr(model, "_orig_mod"):
@@ -59,9 +72,13 @@ class Objective:
             )
         self.model = model
         self.loss = as_loss(loss)
-        self.parameters = ParameterSpace.of(model)
+        own = ParameterSpace.of(model)
+        self.parameters = replace(own, dtype=_measured_dtype(own.dtype, dtype))
+        self._own_dtype = own.dtype
+        self._watch = ForwardWatch(self.parameters.dtype)
         self._data = as_batches(data)
         self._inspection = self._inspect()
+        self._independent: bool | None = None  # whether batches can be cut, found when it is needed
 
     @property
     def num_terms(self) -> float:
@@ -88,6 +105,29 @@ class Objective:
     def graph_bytes(self) -> int:
         """Memory that autograd keeps for one forward pass of the largest batch."""
         return self._inspection.graph_bytes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is done differently from a plain forward pass of the model, a line each."""
+        own, measured = _short(self._own_dtype), _short(self.parameters.dtype)
+        found = {
+            ATTENTION: self._watch.attends,
+            f"the model is {own}, measured in {measured}": own != measured,
+            f"what the model rounds to fewer digits inside is kept in {measured}": self._watch.rounded,
+        }
+        return tuple(note for note, applies in found.items() if applies)
+
+    def restricted(self, names: Iterable[str]) -> Objective:
+        """The same function of some parameter tensors only; all others are constants, and cost nothing.
+
+        Raises:
+            InputError: a name is unknown, or none is given.
+        """
+        space = self.parameters.subspace(names)
+        view = copy.copy(self)
+        view.parameters = space
+        view._inspection = replace(self._inspection, unused=tuple(n for n in self.unused if n in space.names))
+        return view
 
     def __repr__(self) -> str:
         unused = f", unused: {', '.join(self.unused)}" if self.unused else ""
@@ -119,7 +159,7 @@ class Objective:
         """Context in which the model is isolated: the flat parameter vector [P] (a leaf) and the numbered batches."""
         with isolated(self.model):
             theta = self._current_parameters().requires_grad_()
-            yield theta, ((index, to_device(batch, theta.device)) for index, batch in enumerate(self._data))
+            yield theta, ((index, self._prepared(batch)) for index, batch in enumerate(self._data))
 
     def evaluate(self, theta: Tensor, batch: Any, index: int) -> SumAndTerms:
         """Loss sum and number of terms of one batch at the flat parameters theta [P]."""
@@ -129,14 +169,56 @@ class Objective:
         """Outputs on one batch at the flat parameters theta [P], as the loss takes them, and the targets."""
         return self._outputs_and_targets(self.parameters.unflatten(theta), batch, index)
 
+    def pieces(self, theta: Tensor, batch: Any, index: int, count: int) -> list[Any]:
+        """The batch cut into at most `count` batches whose losses add up to its own; itself if that is not so.
+
+        Whether samples are independent of each other is tested on the first batch that is to be cut: outputs and a
+        random combination of their gradients must be those of the whole.
+        """
+        if isinstance(self.loss, BatchLoss):
+            return [batch]
+        if self._independent is None:
+            self._independent = self._samples_independent(theta, batch, index)
+        return cut(batch, index, count) if self._independent else [batch]
+
+    def _samples_independent(self, theta: Tensor, batch: Any, index: int) -> bool:
+        outputs, _ = self.outputs_and_targets(theta, batch, index)
+        cotangent = normal(tuple(outputs.shape), stream(0, "independent samples")).to(outputs)
+        if not outputs.requires_grad:
+            return False
+        whole = torch.autograd.grad(outputs, theta, cotangent)[0]
+        outputs, done, total = outputs.detach(), 0, torch.zeros_like(theta)
+        for piece in cut(batch, index, 2):
+            part, _ = self.outputs_and_targets(theta, piece, index)
+            here = slice(done, done + len(part)) if part.ndim else slice(0)
+            if not _agree(part.detach(), outputs[here]):
+                return False
+            total += torch.autograd.grad(part, theta, cotangent[here])[0]
+            done += len(part)
+        return done == len(outputs) and _agree(total, whole)
+
     def _current_parameters(self) -> Tensor:
         own = dict(self.model.named_parameters())
-        return self.parameters.flatten({name: own[name].detach() for name in self.parameters.names})
+        dtype = self.parameters.dtype
+        return self.parameters.flatten({name: own[name].detach().to(dtype) for name in self.parameters.names})
+
+    def _prepared(self, batch: Any) -> Any:
+        """The batch where and in what the measurement takes place."""
+        moved = to_device(batch, self.parameters.device)
+        return (
+            moved if self._own_dtype == self.parameters.dtype else cast(moved, self._own_dtype, self.parameters.dtype)
+        )
+
+    def _call(self, parameters: Mapping[str, Tensor], function: Callable[[nn.Module], Any]) -> Any:
+        """`function(model)` at these parameters, all others being constants."""
+        dtype = None if self._own_dtype == self.parameters.dtype else self.parameters.dtype
+        with self._watch:
+            return call_with(self.model, parameters, function, dtype)
 
     def _evaluate(self, parameters: Mapping[str, Tensor], batch: Any, index: int) -> tuple[SumAndTerms, Tensor | None]:
         if isinstance(self.loss, BatchLoss):
             evaluate = self.loss.evaluate
-            return call_with(self.model, parameters, lambda model: evaluate(model, batch)), None
+            return self._call(parameters, lambda model: evaluate(model, batch)), None
         outputs, targets = self._outputs_and_targets(parameters, batch, index)
         try:
             return self.loss.evaluate(outputs, targets), outputs
@@ -146,7 +228,7 @@ class Objective:
     def _outputs_and_targets(self, parameters: Mapping[str, Tensor], batch: Any, index: int) -> tuple[Tensor, Tensor]:
         split = split_batch(batch, index)
         assert split.targets is not None
-        result = call_with(self.model, parameters, lambda model: model(*split.arguments, **split.keywords))
+        result = self._call(parameters, lambda model: model(*split.arguments, **split.keywords))
         outputs = _logits(result)
         if outputs.ndim == 3 and _predicts_next_token(self.model) and isinstance(batch, Mapping):
             return outputs[:, :-1].flatten(0, 1), split.targets[:, 1:].flatten()
@@ -158,12 +240,12 @@ class Objective:
         terms, graph_bytes = 0.0, 0
         with isolated(self.model):
             leaves = {
-                name: p.detach().clone().requires_grad_()
+                name: p.detach().to(self.parameters.dtype, copy=True).requires_grad_()
                 for name, p in self.model.named_parameters()
                 if name in self.parameters.names
             }
             for index, raw in enumerate(self._data):
-                batch = to_device(raw, self.parameters.device)
+                batch = self._prepared(raw)
                 prints.append(fingerprint(raw))
                 saved = _SavedBytes()
                 with (
@@ -203,13 +285,7 @@ class Objective:
         pairs = [(loss_sum, result.sum)] if outputs is None or again is None else [(outputs, again)]
         # Rounding may differ between two runs on a GPU; randomness that matters is far above 1000 roundings.
         for first, second in pairs:
-            if first.numel() == 0:
-                continue
-            finite = torch.where(first.isfinite(), first, 0.0)
-            allowed = 1000 * torch.finfo(first.dtype).eps * finite.abs().max()
-            # Equal infinities (logits of classes that cannot be) differ by nan, but agree.
-            difference = torch.where(first == second, 0.0, first - second).abs().max()
-            if not bool(difference <= allowed):
+            if not _agree(second, first):
                 raise ModelError(
                     "the model is random in eval mode: two forward passes on batch 0 differ; "
                     "a Hessian needs a deterministic function (look for dropout or noise that ignores model.eval())"
@@ -236,6 +312,30 @@ class Objective:
             count += 1
         if count != len(prints):
             raise DataError(f"the loader gave {len(prints)} batches on the first pass and {count} on the second")
+
+
+def _agree(first: Tensor, second: Tensor) -> bool:
+    """Whether two results are equal up to rounding, entry by entry relative to the largest."""
+    if first.shape != second.shape:
+        return False
+    finite = torch.where(second.isfinite(), second, 0.0)
+    allowed = 1000 * torch.finfo(second.dtype).eps * finite.abs().max() if second.numel() else 0.0
+    # Equal infinities (logits of classes that cannot be) differ by nan, but agree.
+    return bool((torch.where(first == second, 0.0, first - second).abs() <= allowed).all())
+
+
+def _measured_dtype(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype to measure in; raises InputError for one that makes no sense."""
+    full = (torch.float32, torch.float64)
+    if asked is None:
+        return own if own in full else torch.float32
+    if asked not in (*full, own):
+        raise InputError(f"dtype must be torch.float32, torch.float64 or the parameters' own {own}, got {asked}")
+    return asked
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class _SavedBytes:

@@ -1,32 +1,31 @@
-"""Hessian and Gauss-Newton matrix of an Objective (MATH.md, section 1: H = G + R)."""
+"""Hessian, Gauss-Newton and empirical Fisher matrix of an Objective (MATH.md, section 1: H = G + R)."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hesscope.core.errors import DataError
+from hesscope.core.checks import nearest, require_choice
+from hesscope.core.errors import DataError, InputError
+from hesscope.core.memory import available_bytes, human_bytes
 from hesscope.core.rng import normal, stream
 from hesscope.objective.losses import output_gradient
 from hesscope.objective.objective import Objective, require_output_loss
+from hesscope.operators.choice import Choice, settle
 from hesscope.operators.closed_form import mlp
 from hesscope.operators.closed_form.network import Network, recognize
 from hesscope.operators.closed_form.strips import cut_matrix
-from hesscope.operators.operator import STRIP_MEMORY, MatrixStrip, Operator
-from hesscope.operators.second_derivatives import (
-    explained,
-    pull_back,
-    require_symmetric,
-    require_twice_differentiable,
-    vectorizes,
-)
-
-# From rows [K, P], one by one or vectorized, to their products [K, P].
-Multiply = Callable[[Tensor, bool], Tensor]
+from hesscope.operators.engines import ENGINES, Curve, LinearMap, Multiply, Sandwich
+from hesscope.operators.kept import Kept
+from hesscope.operators.operator import STRIP_MEMORY, MatrixStrip, Operator, Restricted, as_positions
+from hesscope.operators.second_derivatives import explained, pull_back, vectorizes
 
 # Memory that one vectorized pass should take; beyond it columns are done in several passes. On a CPU the passes that
 # stay near the caches are the fast ones (a one-hidden-layer network on the digits: 16 columns take 0.8 s for the dense
@@ -34,21 +33,54 @@ Multiply = Callable[[Tensor, bool], Tensor]
 PASS_BYTES = {"cpu": 2**26, "cuda": 2**30}
 MAX_COLUMNS_PER_PASS = 256
 
+# What is kept between products may take this share of the memory that is free at the first product, unless told.
+KEPT_SHARE = 0.25
+
+# What an engine holds for a batch, in units of the memory that autograd keeps for a plain forward pass: 2.2 to 2.4 were
+# measured for double backward (ResNet-20, GPT), 1.5 to 2.5 for a linearization.
+GRAPHS_HELD = 2.5
+
+# Samples are cut into at least so many pieces where nothing is kept: a fresh graph of the gradient takes 2.2 to 2.3
+# times the memory of a gradient, that of half the samples well below twice.
+PIECES = 2
+
 
 class _Curvature(Operator):
-    """What the two matrices share: their objective, and columns per pass within PASS_BYTES."""
+    """What the matrices share: their objective, an engine, and what is kept between products."""
 
     name: str
+    kind: str
     symmetric = True
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(
+        self, objective: Objective, engine: str = "auto", compile: bool = False, memory: int | None = None
+    ) -> None:
+        require_choice("engine", engine, ("auto", *ENGINES))
+        if compile and engine not in ("auto", "linearize"):
+            raise InputError(f"compile=True needs engine 'linearize' or 'auto', PyTorch cannot compile {engine!r}")
+        if memory is not None and (isinstance(memory, bool) or not memory >= 0):
+            raise InputError(f"memory must be a number of bytes, at least 0, got {memory!r}")
         self.objective = objective
         self.shape = (objective.parameters.size, objective.parameters.size)
         self.dtype = objective.parameters.dtype
         self.device = objective.parameters.device
         self.data_fingerprint = objective.data_fingerprint
+        self._asked, self._compile, self._memory = engine, compile, memory
+        self._choice: Choice | None = None  # of the batches that are kept
+        self._streaming: Choice | None = None  # of those that are not
+        self._kept = Kept()
         self._vectorized: dict[int, bool] = {}
-        self._found_symmetric = False
+
+    @property
+    def engine(self) -> str:  # type: ignore[override]
+        """How products are computed: the engine asked for, or, once it is settled, the one chosen."""
+        settled = self._settled
+        name = self._asked if settled is None else settled.name
+        return f"{self.kind}: {name.replace('_', ' ')}"
+
+    @property
+    def _settled(self) -> Choice | None:
+        return self._choice or self._streaming
 
     @cached_property
     def _network(self) -> Network | None:
@@ -62,7 +94,7 @@ class _Curvature(Operator):
     @property
     def dense_engine(self) -> str:
         """How `dense` is computed."""
-        return self.engine.replace("double backward", "closed form") if self.has_closed_form else self.engine
+        return f"{self.kind}: closed form" if self.has_closed_form else self.engine
 
     def dense(self) -> Tensor:
         """The whole matrix [P, P], exactly symmetric; in closed form for fully connected networks, else by products.
@@ -97,100 +129,272 @@ class _Curvature(Operator):
 
     @property
     def columns_per_pass(self) -> int:
-        """As many columns as PASS_BYTES hold: each needs about the activations and two parameter vectors."""
+        """As many columns as PASS_BYTES hold: each needs about the activations and two parameter vectors.
+
+        Where graphs are not kept but made anew for every call, all columns of a call share them: then as many as hold
+        in vectors alone.
+        """
+        per_column = 2 * self.shape[0] * torch.empty(0, dtype=self.dtype).element_size()
+        budget = PASS_BYTES.get(self.device.type, PASS_BYTES["cuda"])
+        graph = 0 if self._streams else 2 * self.objective.graph_bytes
+        return max(1, min(MAX_COLUMNS_PER_PASS, budget // (per_column + graph)))
+
+    def restrict(self, block: Any) -> Operator:
+        """The diagonal block of some parameters, as an operator of its own; what it does not need is not computed.
+
+        Derivatives are taken with respect to the tensors that the block touches only, all others being constants.
+
+        Args:
+            block: the name of a parameter tensor or of a module that owns some ("fc1", "layers.0"), or positions in the
+                flat parameter vector (integers, a range, a slice, an array or tensor, a boolean mask).
+
+        Raises:
+            InputError: no such name, or positions that are not there.
+        """
+        space = self.objective.parameters
+        if isinstance(block, str):
+            names = [name for name in space.names if name == block or name.startswith(f"{block}.")]
+            if not names:
+                raise InputError(f"no parameter or module is named {block!r}{nearest(block, space.names)}")
+            return self._of(self.objective.restricted(names))
+        positions = as_positions(block, space.size)
+        ends = torch.tensor(space.sizes).cumsum(0)
+        touched = sorted(set(torch.searchsorted(ends, positions, right=True).tolist()))
+        inner = self._of(self.objective.restricted([space.names[number] for number in touched]))
+        # Positions among the touched tensors: those before each one that is left out move up.
+        kept = torch.zeros(space.size, dtype=torch.bool)
+        for number in touched:
+            kept[space.slice(space.names[number])] = True
+        moved = kept.cumsum(0)[positions] - 1
+        if torch.equal(moved, torch.arange(inner.shape[0])):
+            return inner
+        return Restricted(inner, moved.to(self.device))
+
+    def _of(self, objective: Objective) -> _Curvature:
+        return type(self)(objective, self._asked, self._compile, self._memory)
+
+    def products(self, V: Tensor) -> Tensor:
+        """Products with all columns of V [P, K]; see the class for what is kept between calls."""
+        objective = self.objective
+        if V.shape[1] == 0:
+            return V.clone()
+        with objective.evaluating() as (theta, batches), explained(self.name, self._held):
+            self._kept.renew((theta, *objective.model.buffers()))
+            rows = V.T.clone() if V.is_inference() else V.T
+            finite = bool(rows.isfinite().all())
+            total = torch.zeros_like(rows)
+            for index, linear in self._maps(theta, batches):
+                vectorized = self._vectorizes(linear.multiply, index, rows.shape[0])
+                step = self._vectorized_columns if vectorized else rows.shape[0]
+                for part, chunk in zip(*(torch.split(t, step) for t in (total, rows)), strict=True):
+                    part += linear.multiply(chunk, vectorized)
+                if finite and not bool(total.isfinite().all()):
+                    raise DataError(f"{self.name} is not finite on batch {index}")
+            return (total / objective.num_terms).T
+
+    def explain(self) -> str:
+        """Which engine multiplies and why, what was timed, what is kept in memory, and what is done differently.
+
+        The engine is settled first, if there has been no product yet.
+        """
+        if self._settled is None:
+            self.products(torch.zeros(self.shape[0], 1, dtype=self.dtype, device=self.device))
+        settled = self._settled
+        lines = [f"{self.name[0].upper()}{self.name[1:]}, {self.shape[0]:,} parameters, {self.engine.split(': ')[1]}"]
+        if settled is not None:
+            lines[0] += f" ({settled.reason})"
+            lines += [f"  {candidate}" for candidate in settled.candidates]
+        count, number = len(self._kept.maps), self.objective.num_batches
+        kept = f"{count} of {number} batches kept between products"
+        lines.append(f"  memory: {kept}, {human_bytes(self._kept.bytes)} of at most {human_bytes(self._budget)}")
+        if count < number:
+            lines.append(
+                "  the others are made anew for every product, half of their samples at a time if they can be cut"
+            )
+        return "\n".join([*lines, *(f"  {note}" for note in self.objective.notes)])
+
+    @cached_property
+    def _budget(self) -> int:
+        """Bytes that may be kept between products."""
+        return int(KEPT_SHARE * available_bytes(self.device)) if self._memory is None else int(self._memory)
+
+    @property
+    def _streams(self) -> bool:
+        """Whether some batches are not kept."""
+        needed = GRAPHS_HELD * self.objective.graph_bytes * self.objective.num_batches
+        return self._asked == "forward_over_reverse" or needed > self._budget
+
+    @property
+    def _vectorized_columns(self) -> int:
+        """How many columns one vectorized pass takes."""
         item = torch.empty(0, dtype=self.dtype).element_size()
         per_column = 2 * self.objective.graph_bytes + 2 * self.shape[0] * item
         budget = PASS_BYTES.get(self.device.type, PASS_BYTES["cuda"])
         return max(1, min(MAX_COLUMNS_PER_PASS, budget // per_column))
 
-    def products(self, V: Tensor) -> Tensor:
-        """Products with all columns of V [P, K]: one graph per batch, `columns_per_pass` columns at a time."""
-        objective = self.objective
-        if V.shape[1] == 0:
-            return V.clone()
-        with objective.evaluating() as (theta, batches), explained(self.name):
-            rows = V.T.clone() if V.is_inference() else V.T
-            finite = bool(rows.isfinite().all())
-            total = torch.zeros_like(rows)
-            for index, batch in batches:
-                multiply = self._linearized(theta, batch, index)
-                if multiply is None:
-                    continue
-                vectorized = self._checked(multiply, index, rows.shape[0])
-                for part, chunk in zip(*(torch.split(t, self.columns_per_pass) for t in (total, rows)), strict=True):
-                    part += multiply(chunk, vectorized)
-                if finite and not bool(total.isfinite().all()):
-                    raise DataError(f"{self.name} is not finite on batch {index}")
-            return (total / objective.num_terms).T
+    def _maps(self, theta: Tensor, batches: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, LinearMap]]:
+        """The linear maps of all batches: those kept, and others made for the occasion."""
+        if len(self._kept.maps) == self.objective.num_batches:
+            yield from self._kept.items()  # the data is not even read
+            return
+        for index, batch in batches:
+            if index in self._kept.maps:
+                linear = self._kept.maps[index]
+                if linear is not None:
+                    yield index, linear
+            elif self._has_room():
+                linear = self._made(theta, batch, index)
+                self._kept.add(index, linear)
+                if linear is not None:
+                    yield index, linear
+            else:
+                yield from self._pieces(theta, batch, index)
+
+    def _has_room(self) -> bool:
+        """Whether another batch may be kept: as large as the largest, if none has been made yet."""
+        held = [linear.bytes for _, linear in self._kept.items()]
+        expected = max(held, default=int(GRAPHS_HELD * self.objective.graph_bytes))
+        return self._asked != "forward_over_reverse" and self._kept.bytes + expected <= self._budget
+
+    def _made(self, theta: Tensor, batch: object, index: int) -> LinearMap | None:
+        matrix = self._on(batch, index)
+        if self._choice is not None:
+            return self._choice.build(matrix, theta, self._pair[0])
+        settled = settle(self._asked, self._compile, matrix, theta, self._pair, self.objective.graph_bytes)
+        if settled is None:
+            return None
+        self._choice, linear = settled
+        return linear
+
+    def _pieces(self, theta: Tensor, batch: object, index: int) -> Iterator[tuple[int, LinearMap]]:
+        """A batch that cannot be kept, a part of its samples at a time."""
+        held = GRAPHS_HELD * self.objective.graph_bytes
+        count = max(PIECES, math.ceil(held / self._budget)) if self._budget else PIECES
+        for piece in self.objective.pieces(theta, batch, index, count):
+            matrix, linear = self._on(piece, index), None
+            if self._streaming is not None:
+                linear = self._streaming.build(matrix, theta, self._pair[0])
+            else:
+                engine = "double_backward" if self._asked == "auto" and not self._compile else self._asked
+                settled = settle(engine, self._compile, matrix, theta, self._pair, self.objective.graph_bytes)
+                if settled is not None:
+                    choice, linear = settled
+                    reason = choice.reason if self._asked == engine else "its graphs are made anew for every product"
+                    self._streaming = replace(choice, reason=reason)
+            if linear is not None:
+                yield index, linear
 
     @abstractmethod
-    def _linearized(self, theta: Tensor, batch: object, index: int) -> Multiply | None:
-        """Build the batch's graph; gives the function from rows to their products, None if they are all zero."""
+    def _on(self, batch: object, index: int) -> Curve | Sandwich:
+        """The matrix on one batch, as a function of the parameters."""
 
-    def _checked(self, multiply: Multiply, index: int, columns: int) -> bool:
-        """Whether to vectorize, found once per batch against single products; symmetry is checked once per operator."""
-        if not self._found_symmetric:
-            require_symmetric(multiply, self._example(), self.name)
-            self._found_symmetric = True
-        if columns == 1:
+    def _vectorizes(self, multiply: Multiply, index: int, columns: int) -> bool:
+        """Whether to vectorize, found once per batch against single products."""
+        if columns == 1 or self._vectorized_columns == 1:
             return False
         if index not in self._vectorized:
-            self._vectorized[index] = vectorizes(multiply, self._example())
+            self._vectorized[index] = vectorizes(multiply, self._pair)
         return self._vectorized[index]
 
-    def _example(self) -> Tensor:
+    @cached_property
+    def _pair(self) -> Tensor:
         """Two random rows [2, P] to check products with."""
         return normal((2, self.shape[0]), stream(0, "check of products")).to(self.device, self.dtype)
 
+    def _held(self) -> str:
+        """What is in memory between products, and which knob lowers it; for messages."""
+        kept = f" while holding {human_bytes(self._kept.bytes)} of {len(self._kept.maps)} batches between products"
+        return f"{kept}; pass a smaller memory= (bytes to be held, 0 for none), or smaller batches"
+
 
 class Hessian(_Curvature):
-    """Hessian of an Objective: [P, P], by double backward through a retained graph.
+    """Hessian of an Objective: [P, P].
+
+    Graphs are kept between products as far as `memory` allows; they are made anew when the parameters have changed.
+
+    Args:
+        objective: the function of the parameters.
+        engine: "double_backward" (through a retained graph of the gradient), "linearize" (recorded once, replayed for
+            every vector), "forward_over_reverse" (nothing is kept), or "auto": timed on the first batch; see `explain`.
+        compile: whether linearizations go through torch.compile: minutes of set-up, for many products.
+        memory: bytes that may be kept between products; a quarter of what is free unless told, 0 to keep nothing.
 
     Raises:
+        InputError: an argument does not fit.
         NoSecondDerivativeError, ModelError, DataError: at the first product, if an operation has no second derivative
-            or a wrong one, or if a product is not finite.
+            or a wrong one, or if a product is not finite. TooLargeError: memory is exhausted.
     """
 
     name = "the Hessian"
-    engine = "hessian: double backward"
+    kind = "hessian"
 
-    def _linearized(self, theta: Tensor, batch: object, index: int) -> Multiply | None:
-        loss_sum = self.objective.evaluate(theta, batch, index).sum
-        if not loss_sum.requires_grad:
-            return None
-        (gradient,) = torch.autograd.grad(loss_sum, theta, create_graph=True)
-        require_twice_differentiable(loss_sum, gradient, self.name)
-        return lambda rows, vectorized: pull_back(gradient, theta, rows, vectorized)
+    def _on(self, batch: object, index: int) -> Curve:
+        return Curve(lambda theta: self.objective.evaluate(theta, batch, index).sum, self.name)
 
 
-class GaussNewton(_Curvature):
+class _OutputCurvature(_Curvature):
+    """What is curved at the outputs alone: J^T M J, and needs outputs and targets."""
+
+    def __init__(
+        self, objective: Objective, engine: str = "auto", compile: bool = False, memory: int | None = None
+    ) -> None:
+        self._loss = require_output_loss(objective, self.name)
+        super().__init__(objective, engine, compile, memory)
+
+    def _on(self, batch: object, index: int) -> Sandwich:
+        targets: list[Tensor] = []
+
+        def outputs(theta: Tensor) -> Tensor:
+            found, wanted = self.objective.outputs_and_targets(theta, batch, index)
+            targets[:] = [wanted]
+            return found
+
+        return Sandwich(outputs, lambda found: self._middle(found, targets[0]), self.name)
+
+    @abstractmethod
+    def _middle(self, outputs: Tensor, targets: Tensor) -> Multiply:
+        """The map at the outputs of a batch, summed over its terms."""
+
+
+class GaussNewton(_OutputCurvature):
     """Generalized Gauss-Newton matrix (1/N) sum J^T A J: [P, P]; A is the loss's Hessian at the outputs.
 
-    Products push a vector forward through J (as the derivative of J^T u with respect to u), through A, and back.
+    Products push a vector forward through J, through A, and back. Arguments and errors as for Hessian.
 
     Raises:
         InputError: the loss is a callable, so that outputs and targets are not known.
     """
 
     name = "the Gauss-Newton matrix"
-    engine = "gauss-newton: double backward"
+    kind = "gauss-newton"
 
-    def __init__(self, objective: Objective) -> None:
-        self._loss = require_output_loss(objective, "the Gauss-Newton matrix")
-        super().__init__(objective)
+    def _middle(self, outputs: Tensor, targets: Tensor) -> Multiply:
+        leaf, gradient = output_gradient(self._loss, outputs, targets)
+        return lambda pushed, vectorized: pull_back(gradient, leaf, pushed, vectorized)
 
-    def _linearized(self, theta: Tensor, batch: object, index: int) -> Multiply | None:
-        outputs, targets = self.objective.outputs_and_targets(theta, batch, index)
-        if not outputs.requires_grad:
-            return None
-        leaf, loss_gradient = output_gradient(self._loss, outputs, targets)
-        u = torch.zeros_like(outputs, requires_grad=True)
-        (transposed,) = torch.autograd.grad(outputs, theta, u, create_graph=True)
-        require_twice_differentiable(outputs, transposed, f"{self.name}'s forward product")
 
-        def multiply(rows: Tensor, vectorized: bool) -> Tensor:
-            pushed = pull_back(transposed, u, rows, vectorized)
-            curved = pull_back(loss_gradient, leaf, pushed, vectorized)
-            return pull_back(outputs, theta, curved, vectorized)
+class EmpiricalFisher(_OutputCurvature):
+    """Empirical Fisher matrix (1/N) sum g g^T over the loss terms (samples, or tokens), g their gradients: [P, P].
+
+    The term of a weighted class has its weight in g. Arguments and errors as for Hessian. What it is not: the Fisher
+    information, whose labels are the model's own (for cross-entropy that is the Gauss-Newton matrix); see Kunstner et
+    al., arXiv:1905.12558.
+
+    Raises:
+        InputError: the loss is a callable, so that its terms are not known.
+    """
+
+    name = "the empirical Fisher matrix"
+    kind = "empirical Fisher"
+
+    def _middle(self, outputs: Tensor, targets: Tensor) -> Multiply:
+        _, gradient = output_gradient(self._loss, outputs, targets)
+        e = gradient.detach()
+        axes = self._loss.term_axes(outputs, targets)
+
+        def multiply(pushed: Tensor, vectorized: bool) -> Tensor:
+            along = e * pushed
+            shifted = tuple(axis + 1 for axis in axes)  # the first axis of pushed counts the vectors
+            return e * (along.sum(shifted, keepdim=True) if shifted else along)
 
         return multiply

@@ -167,6 +167,18 @@ class Operator(ABC):
         instead = "products (operator @ vectors) or block_energies(..., method='probes')"
         require_memory(needed, self.device, f"the dense {rows} x {cols} matrix", instead)
 
+    def restrict(self, block: Any) -> Operator:
+        """The diagonal block of some parameters, [B, B], as an operator.
+
+        Args:
+            block: positions in the flat parameter vector: integers, a range, a slice, an array or tensor, or a boolean
+                mask; in this order.
+
+        Raises:
+            InputError: positions that are not there, given twice, or none.
+        """
+        return Restricted(self, as_positions(block, self.shape[0]).to(self.device))
+
     def to_scipy(self) -> LinearOperator:
         """A `scipy.sparse.linalg.LinearOperator` of NumPy arrays on the CPU, for SciPy's solvers."""
         import numpy as np
@@ -184,6 +196,37 @@ class Operator(ABC):
         return LinearOperator(
             self.shape, matvec=product, matmat=product, rmatvec=transposed, rmatmat=transposed, dtype=dtype
         )
+
+
+def as_positions(block: Any, size: int) -> Tensor:
+    """Positions in a vector of `size` entries, int64 on the CPU.
+
+    Raises:
+        InputError: they are not there, given twice, or none.
+    """
+    try:
+        if isinstance(block, slice):
+            positions = torch.arange(size)[block]
+        else:
+            entries = torch.as_tensor(list(block) if isinstance(block, range) else block)
+            if entries.dtype == torch.bool and entries.shape == (size,):
+                entries = entries.nonzero().squeeze(1)
+            positions = entries.cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"block must be positions in the parameter vector, got {type(block).__name__}") from error
+    if positions.ndim != 1 or positions.is_floating_point() or positions.dtype == torch.bool:
+        raise InputError(
+            f"block must be a list of whole numbers or a mask of {size} entries, got {positions.dtype} of shape "
+            f"{list(positions.shape)}"
+        )
+    positions = positions.long()
+    if positions.numel() == 0:
+        raise InputError("block is empty: choose at least one parameter")
+    if int(positions.min()) < 0 or int(positions.max()) >= size:
+        raise InputError(f"block has positions outside [0, {size})")
+    if len(set(positions.tolist())) != positions.numel():
+        raise InputError("block names a parameter twice")
+    return positions
 
 
 def symmetrize_(matrix: Tensor) -> Tensor:
@@ -241,6 +284,10 @@ class Combination(Operator):
         """The terms' fingerprints, each once."""
         return "+".join(dict.fromkeys(term.data_fingerprint for _, term in self.terms if term.data_fingerprint))
 
+    def restrict(self, block: Any) -> Operator:
+        """Sum of the terms' blocks."""
+        return _combined([(factor, term.restrict(block)) for factor, term in self.terms])
+
     @property
     def columns_per_pass(self) -> int:
         """The smallest of the terms'."""
@@ -284,6 +331,55 @@ class Combination(Operator):
         for factor, term in rest:
             total.add_(term.products(V), alpha=factor)
         return total
+
+
+@dataclass(frozen=True)
+class Restricted(Operator):
+    """A diagonal block of an operator: the rows and columns `positions` [B] of it."""
+
+    whole: Operator
+    positions: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """(B, B)."""
+        return len(self.positions), len(self.positions)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of the vectors it takes and gives."""
+        return self.whole.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Of the vectors it takes and gives."""
+        return self.whole.device
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """Whether the whole is."""
+        return self.whole.symmetric
+
+    @property
+    def engine(self) -> str:  # type: ignore[override]
+        """The whole's."""
+        return f"{self.whole.engine}, a block of it"
+
+    @property
+    def data_fingerprint(self) -> str:  # type: ignore[override]
+        """The whole's."""
+        return self.whole.data_fingerprint
+
+    @property
+    def columns_per_pass(self) -> int:
+        """The whole's."""
+        return self.whole.columns_per_pass
+
+    def products(self, V: Tensor) -> Tensor:
+        """Products of the whole with vectors that are zero elsewhere."""
+        wide = torch.zeros(self.whole.shape[0], V.shape[1], dtype=V.dtype, device=V.device)
+        wide[self.positions] = V
+        return self.whole.products(wide)[self.positions]
 
 
 def _combined(terms: list[tuple[float, Any]]) -> Combination:

@@ -10,10 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscope.core.errors import HesscopeError, ModelError, NoSecondDerivativeError
+from hesscope.core.errors import HesscopeError, ModelError, NoSecondDerivativeError, TooLargeError
 
 # Autograd names the operation it cannot differentiate.
 NOT_IMPLEMENTED = re.compile(r"derivative for '?([\w:]+)'? is not implemented")
+
+# The same for dual numbers, of PyTorch's operations and of custom functions.
+NO_FORWARD_MODE = re.compile(
+    r"forward AD with (\S+) that does not support it|implement the (jvp) function for custom autograd"
+)
 
 # Rounding between two orders of summation, and the asymmetry of a symmetric matrix in products, in units of the dtype's
 # epsilon and relative to the norms; wrong derivatives are off by per cent.
@@ -21,17 +26,29 @@ ROUNDINGS = 1000
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Tell failures of a derivative in one line; a missing second derivative names its operation."""
+def explained(what: str, held: Callable[[], str] = str) -> Iterator[None]:
+    """Tell failures of a derivative in one line.
+
+    A missing second derivative names its operation; exhausted memory says what is `held` and which knob lowers it.
+    """
     try:
         yield
     except HesscopeError:
         raise
     except Exception as error:
-        found = NOT_IMPLEMENTED.search(str(error))
+        text = " ".join(str(error).split())
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+            raise TooLargeError(f"{what} ran out of memory{held()}: {text[:200]}") from error
+        found = NOT_IMPLEMENTED.search(text)
         if found is not None:
             raise _no_second_derivative(what, found.group(1)) from error
-        raise ModelError(f"{what} failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        found = NO_FORWARD_MODE.search(text)
+        if found is not None:
+            raise NoSecondDerivativeError(
+                f"{what} by this engine needs forward-mode derivatives, which {found.group(1) or found.group(2)} has "
+                "not; use engine='double_backward' (or 'auto')"
+            ) from error
+        raise ModelError(f"{what} failed: {type(error).__name__}: {text}") from error
 
 
 def require_twice_differentiable(loss_sum: Tensor, gradient: Tensor, what: str) -> None:
@@ -63,6 +80,21 @@ def _graph(tensor: Tensor) -> Iterator[Any]:
             seen.add(node)
             waiting.extend(following for following, _ in node.next_functions)
             yield node
+
+
+def saved_storages(tensor: Tensor, theta: Tensor) -> dict[int, int]:
+    """Memory that the graph behind a tensor keeps for its derivatives, but theta's: address of a storage -> bytes."""
+    found: dict[int, int] = {}
+    for node in _graph(tensor):
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                saved = getattr(node, name)
+                for entry in saved if isinstance(saved, (tuple, list)) else (saved,):
+                    if isinstance(entry, Tensor) and entry.layout == torch.strided:
+                        storage = entry.untyped_storage()
+                        found[storage.data_ptr()] = storage.nbytes()
+    found.pop(theta.untyped_storage().data_ptr(), None)
+    return found
 
 
 def pull_back(output: Tensor, source: Tensor, cotangents: Tensor, vectorized: bool = True) -> Tensor:
@@ -113,17 +145,16 @@ def agree(first: Tensor, second: Tensor) -> bool:
     return float((first - second).norm()) <= allowed
 
 
-def require_symmetric(multiply: Callable[[Tensor, bool], Tensor], example: Tensor, what: str) -> None:
-    """Raise ModelError unless u.Hv = v.Hu for the rows u, v of `example` [2, P].
+def require_symmetric(pair: Tensor, products: Tensor, what: str) -> None:
+    """Raise ModelError unless u.Hv = v.Hu, given u, v [2, P] and their products Hu, Hv [2, P].
 
     A Hessian is symmetric unless an operation's second derivative is wrong: PyTorch's own of weight_norm, gradients
     scaled by frequency, some custom functions whose backward detaches. Nothing else would show.
     """
-    u, v = example
-    Hu, Hv = multiply(example, False)
+    (u, v), (Hu, Hv) = pair, products
     gap = abs(float(u @ Hv) - float(v @ Hu))
     scale = float(u.norm() * Hv.norm() + v.norm() * Hu.norm())
-    if gap > ROUNDINGS * torch.finfo(example.dtype).eps * scale:
+    if gap > ROUNDINGS * torch.finfo(pair.dtype).eps * scale:
         raise ModelError(
             f"{what} is not symmetric (relative gap {gap / scale:.1g}): an operation has a wrong second derivative, "
             "like torch's weight_norm, Embedding(scale_grad_by_freq=True) or a custom function whose backward detaches"

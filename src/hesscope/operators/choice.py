@@ -1,0 +1,174 @@
+"""Which engine multiplies: the candidates are tried and timed once, on the first batch, and checked against each other.
+
+Rounding differs between engines, so a choice by the clock could change the last digits from run to run: problems that
+take milliseconds are not timed at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hesscope.core.memory import human_bytes
+from hesscope.operators.engines import Curve, LinearMap, Sandwich, build, compiled, variants
+from hesscope.operators.second_derivatives import agree, require_symmetric
+
+Result = TypeVar("Result")
+
+# Set-up counts as if this many products followed; a few eigenvalues or a spectral density take about as many.
+PRODUCTS = 30
+
+# Below this much memory for the activations a product takes milliseconds, however it is made.
+SMALL_GRAPH = 2**22
+
+# A product is timed again until so many seconds have passed: once if it is slow, a few times if it is fast.
+TIMED_SECONDS, TIMED_AT_MOST = 0.05, 5
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of making products on the first batch: seconds to set up and for a product, memory held between them.
+
+    failure: why it cannot be used; empty if it can.
+    """
+
+    name: str
+    setup: float = float("nan")
+    product: float = float("nan")
+    bytes: int = 0
+    failure: str = ""
+
+    @property
+    def cost(self) -> float:
+        """Seconds for the set-up and PRODUCTS products."""
+        return self.setup + PRODUCTS * self.product
+
+    def __str__(self) -> str:
+        if self.failure:
+            return f"{self.name}: cannot be used ({self.failure})"
+        return (
+            f"{self.name}: {_milliseconds(self.product)} a product, {_milliseconds(self.setup)} to set up, "
+            f"{human_bytes(self.bytes)} held"
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A settled engine.
+
+    Attributes:
+        name: engine and how it is varied, as in `Candidate.name`.
+        engine: one of ENGINES; variant: which of `variants` of a linearization; compile: whether it is compiled.
+        reason: why, in words; candidates: what was timed.
+    """
+
+    name: str
+    engine: str
+    variant: int = 0
+    compile: bool = False
+    reason: str = "as asked for"
+    candidates: tuple[Candidate, ...] = field(default=(), repr=False)
+
+    def build(self, matrix: Curve | Sandwich, theta: Tensor, example: Tensor) -> LinearMap | None:
+        """The linear map of another batch by the same engine."""
+        linear = build(self.engine, matrix, theta, example)
+        if linear is None or self.engine != "linearize":
+            return linear
+        chosen = variants(linear)[self.variant] if self.variant else linear
+        return compiled(chosen) if self.compile else chosen
+
+
+def settle(
+    engine: str, compile: bool, matrix: Curve | Sandwich, theta: Tensor, pair: Tensor, graph_bytes: int
+) -> tuple[Choice, LinearMap] | None:
+    """The engine and the linear map of the first batch; None if that is zero.
+
+    Args:
+        engine: one of ENGINES or "auto"; compile: whether linearizations are compiled.
+        pair: [2, P] random rows to check and to time with; graph_bytes: memory for the activations.
+
+    Raises:
+        ModelError: products are not symmetric. What the engine raises, if no engine works.
+    """
+    if engine == "auto" and compile:
+        engine = "linearize"
+    if engine == "auto" and graph_bytes < SMALL_GRAPH:
+        engine, reason = "double_backward", "the problem is small: nothing to be gained"
+    elif engine == "auto":
+        return _fastest(matrix, theta, pair)
+    else:
+        reason = "as asked for"
+    choice = Choice(_name(engine, 0, compile), engine, compile=compile, reason=reason)
+    linear = choice.build(matrix, theta, pair[0])
+    if linear is None:
+        return None
+    require_symmetric(pair, linear.multiply(pair, False), matrix.what)
+    return choice, linear
+
+
+def _fastest(matrix: Curve | Sandwich, theta: Tensor, pair: Tensor) -> tuple[Choice, LinearMap] | None:
+    """Time double backward, then linearizations, which must give the same product."""
+    name = "double_backward"
+    setup, linear = _timed(lambda: build(name, matrix, theta, pair[0]))
+    if linear is None:
+        return None
+    seconds, truth = _time_product(linear, pair[:1])
+    candidates, found = [Candidate(name, setup, seconds, linear.bytes)], {name: (Choice(name, name), linear)}
+    second: Tensor | None = None
+    try:
+        setup, recorded = _timed(lambda: build("linearize", matrix, theta, pair[1]))
+        assert recorded is not None
+        for number, variant in enumerate(variants(recorded)):
+            name = _name("linearize", number, False)
+            if not agree(variant.multiply(pair[:1], False), truth):
+                candidates.append(Candidate(name, failure="its product differs from double backward's"))
+                continue
+            seconds, second = _time_product(variant, pair[1:])
+            candidates.append(Candidate(name, setup, seconds, variant.bytes))
+            found[name] = (Choice(name, "linearize", number), variant)
+    except Exception as error:  # forward mode lacks some operation: double backward goes on alone
+        candidates.append(Candidate("linearize", failure=" ".join(str(error).split())[:120]))
+    best = min((candidate for candidate in candidates if not candidate.failure), key=lambda each: each.cost)
+    choice, linear = found[best.name]
+    if second is None:
+        second = linear.multiply(pair[1:], False)
+    require_symmetric(pair, torch.cat([truth, second]), matrix.what)
+    reason = f"the fastest over {PRODUCTS} products, set-up included" if len(found) > 1 else "the only one that works"
+    return replace(choice, reason=reason, candidates=tuple(candidates)), linear
+
+
+def _name(engine: str, variant: int, compile: bool) -> str:
+    return engine + (", channels last" if variant else "") + (", compiled" if compile else "")
+
+
+def _timed(call: Callable[[], Result]) -> tuple[float, Result]:
+    """Seconds that a call takes, at its fastest, and its result."""
+    fastest, spent, count = float("inf"), 0.0, 0
+    while True:
+        _synchronize()
+        start = time.perf_counter()
+        result = call()
+        _synchronize()
+        elapsed = time.perf_counter() - start
+        fastest, spent, count = min(fastest, elapsed), spent + elapsed, count + 1
+        if spent >= TIMED_SECONDS or count == TIMED_AT_MOST:
+            return fastest, result
+        del result
+
+
+def _time_product(linear: LinearMap, row: Tensor) -> tuple[float, Tensor]:
+    return _timed(lambda: linear.multiply(row, False))
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"

@@ -1,0 +1,179 @@
+"""Engines: the ways to turn a batch's function into a linear map, so that it can be multiplied by many vectors.
+
+- "double_backward" keeps the graph of the gradient and differentiates it once more for every vector.
+- "forward_over_reverse" keeps nothing: dual numbers are carried through the forward and the backward pass.
+- "linearize" records what forward-over-reverse does with the vector, and replays that alone (see linearization).
+
+Each takes what is to be multiplied, a `Curve` (the Hessian) or a `Sandwich` (Gauss-Newton, Fisher), at one batch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor, fx
+from torch.autograd import forward_ad
+
+from hesscope.operators.linearization import channels_last, constant_storages, record
+from hesscope.operators.second_derivatives import (
+    pull_back,
+    require_twice_differentiable,
+    saved_storages,
+)
+
+ENGINES = ("double_backward", "linearize", "forward_over_reverse")
+
+# From rows [K, P], one by one or vectorized, to their products [K, P].
+Multiply = Callable[[Tensor, bool], Tensor]
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A symmetric matrix on one batch: its products, and the memory it holds between them (storage -> bytes)."""
+
+    multiply: Multiply
+    storages: Mapping[int, int] = field(repr=False)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held between products."""
+        return sum(self.storages.values())
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The Hessian of a function of theta [P] -> scalar; `what` it is called in messages."""
+
+    function: Callable[[Tensor], Tensor]
+    what: str
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    """J^T M J, where J is the Jacobian of outputs of theta [P], and M a symmetric map at the outputs.
+
+    middle: gives, for detached outputs, the function from pushed vectors (shaped like the outputs, or stacked [K, ...]
+    when told so) to M times them.
+    """
+
+    outputs: Callable[[Tensor], Tensor]
+    middle: Callable[[Tensor], Multiply]
+    what: str
+
+
+def build(engine: str, matrix: Curve | Sandwich, theta: Tensor, example: Tensor) -> LinearMap | None:
+    """The linear map of `matrix` at theta, a leaf [P], made by one of ENGINES; None if it is zero.
+
+    `example`: a vector [P] to record the linearization with.
+
+    Raises:
+        NoSecondDerivativeError: a custom function is marked to have none. Whatever else fails is passed on.
+    """
+    if engine == "double_backward":
+        return _curve_backward(matrix, theta) if isinstance(matrix, Curve) else _sandwich_backward(matrix, theta)
+    _load_forward_mode()
+    product = _dual_curve(matrix, theta) if isinstance(matrix, Curve) else _dual_sandwich(matrix, theta)
+    if engine == "linearize":
+        return _replayed(record(product, example))
+    return LinearMap(lambda rows, vectorized: torch.stack([product(row) for row in rows]), {})
+
+
+def variants(linear: LinearMap) -> tuple[LinearMap, ...]:
+    """A linearization as it is, and with its images laid out with their channels last, if it has convolutions."""
+    graph = getattr(linear.multiply, "graph", None)
+    other = None if graph is None else channels_last(graph)
+    return (linear,) if other is None else (linear, _replayed(other))
+
+
+def compiled(linear: LinearMap) -> LinearMap:
+    """A linearization through `torch.compile`, one row at a time; the first product takes the time to compile."""
+    graph = linear.multiply.graph  # type: ignore[attr-defined]
+    replay: Callable[[Tensor], Tensor] = torch.compile(graph, fullgraph=True, dynamic=False)
+    return LinearMap(lambda rows, vectorized: torch.stack([replay(row) for row in rows]), linear.storages)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """Products by replaying a recorded graph."""
+
+    graph: fx.GraphModule
+
+    def __call__(self, rows: Tensor, vectorized: bool) -> Tensor:
+        with torch.no_grad():
+            if vectorized:
+                result: Tensor = torch.func.vmap(self.graph)(rows)
+                return result
+            return torch.stack([self.graph(row) for row in rows])
+
+
+def _replayed(graph: fx.GraphModule) -> LinearMap:
+    return LinearMap(_Replay(graph), constant_storages(graph))
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Load what PyTorch loads at the first dual number, without the warnings that it gives about itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import_module("torch._decomp.decompositions_for_jvp")
+
+
+def _curve_backward(matrix: Curve, theta: Tensor) -> LinearMap | None:
+    value = matrix.function(theta)
+    if not value.requires_grad:
+        return None
+    (gradient,) = torch.autograd.grad(value, theta, create_graph=True)
+    require_twice_differentiable(value, gradient, matrix.what)
+    return LinearMap(
+        lambda rows, vectorized: pull_back(gradient, theta, rows, vectorized), saved_storages(gradient, theta)
+    )
+
+
+def _dual_curve(matrix: Curve, theta: Tensor) -> Callable[[Tensor], Tensor]:
+    def product(v: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(theta, v)  # type: ignore[no-untyped-call]
+            # create_graph: the backward of some operations (SiLU) has forward mode only in its differentiable form.
+            (gradient,) = torch.autograd.grad(matrix.function(dual), dual, create_graph=True)
+            tangent = forward_ad.unpack_dual(gradient).tangent  # type: ignore[no-untyped-call]
+            return torch.zeros_like(v) if tangent is None else tangent.detach()
+
+    return product
+
+
+def _sandwich_backward(matrix: Sandwich, theta: Tensor) -> LinearMap | None:
+    """Vectors are pushed forward as the derivative of J^T u with respect to u."""
+    outputs = matrix.outputs(theta)
+    if not outputs.requires_grad:
+        return None
+    middle = matrix.middle(outputs.detach())
+    u = torch.zeros_like(outputs, requires_grad=True)
+    (transposed,) = torch.autograd.grad(outputs, theta, u, create_graph=True)
+    require_twice_differentiable(outputs, transposed, f"{matrix.what}'s forward product")
+
+    def multiply(rows: Tensor, vectorized: bool) -> Tensor:
+        pushed = pull_back(transposed, u, rows, vectorized)
+        return pull_back(outputs, theta, middle(pushed, vectorized), vectorized)
+
+    return LinearMap(multiply, {**saved_storages(outputs, theta), **saved_storages(transposed, theta)})
+
+
+def _dual_sandwich(matrix: Sandwich, theta: Tensor) -> Callable[[Tensor], Tensor]:
+    """Vectors are pushed forward as dual numbers, and pulled back through the graph of that very pass."""
+
+    def product(v: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(theta, v)  # type: ignore[no-untyped-call]
+            outputs, pushed = forward_ad.unpack_dual(matrix.outputs(dual))  # type: ignore[no-untyped-call]
+        # Tangents end with the level: the way back is that of plain numbers.
+        if pushed is None:
+            return torch.zeros_like(v)
+        curved = matrix.middle(outputs.detach())(pushed.detach().unsqueeze(0), False)[0]
+        return torch.autograd.grad(outputs, theta, curved)[0]
+
+    return product
