@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
+import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,23 +18,34 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 
 import hesscope as hs
+from benchmarks.curvature import curvature
+from benchmarks.timing import REPEATS, Row, alternating, environment, print_table, row
 
 RESULTS = Path(__file__).parent / "results"
-REPEATS = 5
 
 
 def main() -> None:
-    rows = [*start_up(), *products(), *closed_forms(), *output_layers(), *theory(), *commands()]
-    width = max(len(row["what"]) for row in rows)
-    for row in rows:
-        print(f"{row['what']:<{width}}  {row['measured']:<34}  target {row['target']}")
+    parser = argparse.ArgumentParser(prog="benchmarks")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--only", choices=["curvature", "rest"], help="one of the two parts; the other's file is kept")
+    asked = parser.parse_args()
+    if asked.only != "rest":
+        store("curvature", curvature(asked.device), asked.device)
+    if asked.only != "curvature" and asked.device == "cpu":
+        rows = [*start_up(), *products(), *closed_forms(), *output_layers(), *theory(), *commands()]
+        print_table(rows)
+        store("results", rows, "cpu")
+
+
+def store(name: str, rows: list[Row], device: str) -> None:
+    """Keep a table with environment, commit and date; a GPU's beside the CPU's."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "results.json"
-    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
+    path = RESULTS / (f"{name}.json" if device == "cpu" else f"{name}-{device}.json")
+    path.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=2) + "\n")
     print(f"stored in {path}")
 
 
-def start_up() -> list[dict[str, str]]:
+def start_up() -> list[Row]:
     """Imports and help, each in a fresh interpreter, alternating."""
     commands = {
         "torch": [sys.executable, "-c", "import torch"],
@@ -52,7 +62,7 @@ def start_up() -> list[dict[str, str]]:
     ]
 
 
-def products() -> list[dict[str, str]]:
+def products() -> list[Row]:
     """Dense Hessian of the demo's network (P = 1184, N = 1797, float64) beside torch's own, and product costs."""
     data = hs.data.digits(dtype=torch.float64)
     model = hs.models.one_hidden(64, 16, 10, dtype=torch.float64)
@@ -90,7 +100,7 @@ def products() -> list[dict[str, str]]:
     ]
 
 
-def closed_forms() -> list[dict[str, str]]:
+def closed_forms() -> list[Row]:
     """Dense Hessian of the network of arXiv:2505.02809 (d = 500, m = 8, C = 500, N = 5000, P = 8000, float32)."""
     data = hs.data.gaussian(5000, 500, 500)
     model = hs.models.one_hidden(500, 8, 500)
@@ -122,7 +132,7 @@ def closed_forms() -> list[dict[str, str]]:
     ]
 
 
-def cost_and_accuracy() -> list[dict[str, str]]:
+def cost_and_accuracy() -> list[Row]:
     """Peak memory of that dense Hessian over its own size, in a fresh interpreter, and its error against float64."""
     code = """
 import re, torch, hesscope as hs
@@ -146,7 +156,7 @@ print(((dense.double() - exact).norm() / exact.norm()).item())
     ]
 
 
-def output_layers() -> list[dict[str, str]]:
+def output_layers() -> list[Row]:
     """All class blocks of an output layer at C = 131,072 (N = 1024, d = 256), beside its three products alone."""
     N, d, C, tile = 1024, 256, 131_072, 8192
     features, weight = torch.randn(N, d), torch.randn(C, d) / d**0.5
@@ -166,7 +176,7 @@ def output_layers() -> list[dict[str, str]]:
     ]
 
 
-def theory() -> list[dict[str, str]]:
+def theory() -> list[Row]:
     """Predictions: a spectral law's density, a softmax moment, the slowest kind of static force."""
     weights = torch.randn(2000, dtype=torch.float64).numpy()
     many = torch.randn(60_000, dtype=torch.float64).numpy()
@@ -194,7 +204,7 @@ def theory() -> list[dict[str, str]]:
     ]
 
 
-def commands() -> list[dict[str, str]]:
+def commands() -> list[Row]:
     """Whole commands in fresh folders, with their peak memory."""
     return [
         command("hesscope demo (s, peak GiB)", ["demo"], "<= 90 s, <= 2 GiB"),
@@ -202,7 +212,7 @@ def commands() -> list[dict[str, str]]:
     ]
 
 
-def command(what: str, arguments: list[str], target: str) -> dict[str, str]:
+def command(what: str, arguments: list[str], target: str) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         whole = [str(Path(sys.executable).with_name("hesscope")), *arguments, "--out", folder]
         code = (
@@ -215,7 +225,7 @@ def command(what: str, arguments: list[str], target: str) -> dict[str, str]:
     return {"what": what, "measured": f"{seconds:.1f} s, {int(out) / 2**20:.2f} GiB", "target": target}
 
 
-def timed(what: str, job: Callable[[], object], target: str, repeats: int) -> dict[str, str]:
+def timed(what: str, job: Callable[[], object], target: str, repeats: int) -> Row:
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -224,43 +234,8 @@ def timed(what: str, job: Callable[[], object], target: str, repeats: int) -> di
     return row(what, seconds, target)
 
 
-def alternating(jobs: dict[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, list[float]]:
-    """Seconds of every job, run in turn after one warm-up each, so that a slow moment hits all alike."""
-    for job in jobs.values():
-        job()
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(repeats):
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def run(command: list[str]) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-def row(what: str, values: list[float], target: str) -> dict[str, str]:
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return {"what": what, "measured": f"{middle:.3g} (min {low:.3g}, max {high:.3g})", "target": target}
-
-
-def environment() -> dict[str, str | int | None]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    cpu = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "hesscope": hs.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 if __name__ == "__main__":

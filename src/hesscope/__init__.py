@@ -12,9 +12,23 @@ if TYPE_CHECKING:
     from hesscope.core.errors import HesscopeError
     from hesscope.core.vectors import ParameterSpace
     from hesscope.estimate.block_energies import block_energies
+    from hesscope.estimate.block_traces import block_traces
+    from hesscope.estimate.diagonal import diagonal
+    from hesscope.estimate.eigenpairs import Eigenpairs, top_eigenpairs
     from hesscope.estimate.energies import BlockEnergies, SplitEnergies
+    from hesscope.estimate.estimate import Estimate
     from hesscope.estimate.exponent import ExponentFit, fit_exponent
+    from hesscope.estimate.frobenius import frobenius_norm_squared
     from hesscope.estimate.semi_empirical import SemiEmpiricalLaw, semi_empirical_law
+    from hesscope.estimate.spectral_density import (
+        Outliers,
+        SpectralDensity,
+        from_symlog,
+        jensen_shannon_distance,
+        spectral_density,
+        to_symlog,
+    )
+    from hesscope.estimate.trace import trace
     from hesscope.objective import Objective
     from hesscope.operators import EmpiricalFisher, GaussNewton, Hessian, as_operator
     from hesscope.operators.closed_form import LayerWeights, OutputLayerEnergies, layer_weights, output_layer_energies
@@ -41,6 +55,19 @@ _HOME: dict[str, str | None] = {
     "layer_weights": "hesscope.operators.closed_form",
     "SemiEmpiricalLaw": "hesscope.estimate.semi_empirical",
     "semi_empirical_law": "hesscope.estimate.semi_empirical",
+    "Estimate": "hesscope.estimate.estimate",
+    "trace": "hesscope.estimate.trace",
+    "frobenius_norm_squared": "hesscope.estimate.frobenius",
+    "diagonal": "hesscope.estimate.diagonal",
+    "block_traces": "hesscope.estimate.block_traces",
+    "Eigenpairs": "hesscope.estimate.eigenpairs",
+    "top_eigenpairs": "hesscope.estimate.eigenpairs",
+    "SpectralDensity": "hesscope.estimate.spectral_density",
+    "spectral_density": "hesscope.estimate.spectral_density",
+    "Outliers": "hesscope.estimate.spectral_density",
+    "jensen_shannon_distance": "hesscope.estimate.spectral_density",
+    "to_symlog": "hesscope.estimate.spectral_density",
+    "from_symlog": "hesscope.estimate.spectral_density",
     "data": None,
     "models": None,
     "theory": None,
@@ -48,25 +75,38 @@ _HOME: dict[str, str | None] = {
 
 __all__ = [
     "BlockEnergies",
+    "Eigenpairs",
     "EmpiricalFisher",
+    "Estimate",
     "ExponentFit",
     "GaussNewton",
     "HesscopeError",
     "Hessian",
     "LayerWeights",
     "Objective",
+    "Outliers",
     "OutputLayerEnergies",
     "ParameterSpace",
     "Partition",
     "SemiEmpiricalLaw",
+    "SpectralDensity",
     "SplitEnergies",
     "__version__",
     "as_operator",
     "block_energies",
+    "block_traces",
+    "diagonal",
     "fit_exponent",
+    "frobenius_norm_squared",
+    "from_symlog",
+    "jensen_shannon_distance",
     "layer_weights",
     "output_layer_energies",
     "semi_empirical_law",
+    "spectral_density",
+    "to_symlog",
+    "top_eigenpairs",
+    "trace",
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -161,6 +161,14 @@ class Objective:
             theta = self._current_parameters().requires_grad_()
             yield theta, ((index, self._prepared(batch)) for index, batch in enumerate(self._data))
 
+    def state(self) -> tuple[Tensor, ...]:
+        """What the function depends on and may change: the model's own tensors, parameters and buffers."""
+        return (*(p.detach() for p in self.model.parameters()), *self.model.buffers())
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Context in which the model is isolated, without parameters and batches."""
+        return isolated(self.model)
+
     def evaluate(self, theta: Tensor, batch: Any, index: int) -> SumAndTerms:
         """Loss sum and number of terms of one batch at the flat parameters theta [P]."""
         return self._evaluate(self.parameters.unflatten(theta), batch, index)[0]
@@ -179,7 +187,7 @@ class Objective:
             return [batch]
         if self._independent is None:
             self._independent = self._samples_independent(theta, batch, index)
-        return cut(batch, index, count) if self._independent else [batch]
+        return cut(batch, count) if self._independent else [batch]
 
     def _samples_independent(self, theta: Tensor, batch: Any, index: int) -> bool:
         outputs, _ = self.outputs_and_targets(theta, batch, index)
@@ -188,7 +196,7 @@ class Objective:
             return False
         whole = torch.autograd.grad(outputs, theta, cotangent)[0]
         outputs, done, total = outputs.detach(), 0, torch.zeros_like(theta)
-        for piece in cut(batch, index, 2):
+        for piece in cut(batch, 2):
             part, _ = self.outputs_and_targets(theta, piece, index)
             here = slice(done, done + len(part)) if part.ndim else slice(0)
             if not _agree(part.detach(), outputs[here]):

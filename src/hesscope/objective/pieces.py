@@ -5,23 +5,30 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from hesscope.objective.batches import mapped, split_batch
+from hesscope.objective.batches import mapped, tensors_in
 
 
-def cut(batch: Any, index: int, count: int) -> list[Any]:
-    """The batch as at most `count` batches of about equally many samples; tensors of another length are shared.
+def cut(batch: Any, count: int) -> list[Any]:
+    """The batch as at most `count` batches of about equally many samples.
 
-    Whether samples are independent is not looked at.
+    The shortest tensor's first axis counts samples (one entry alone is shared by all); longer ones that hold a multiple
+    of it are cut with it, as labels of flattened sequences. Whether samples are independent, or this is what the first
+    axis means, is not looked at.
     """
-    targets = split_batch(batch, index).targets
-    samples = 1 if targets is None or targets.ndim == 0 else targets.shape[0]
-    edges = torch.linspace(0, samples, min(count, samples) + 1).round().long().tolist() if samples > 1 else []
-    if not edges:
-        return [batch]
+    lengths = [tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim and tensor.shape[0] > 1]
+    samples = min(lengths, default=1)
 
     def part(begin: int, end: int) -> Any:
-        return mapped(batch, lambda tensor: tensor[begin:end] if tensor.shape[:1] == (samples,) else tensor)
+        def rows(tensor: Tensor) -> Tensor:
+            if tensor.ndim == 0 or tensor.shape[0] % samples or tensor.shape[0] == 0:
+                return tensor
+            each = tensor.shape[0] // samples
+            return tensor[begin * each : end * each]
 
-    return [part(begin, end) for begin, end in pairwise(edges)]
+        return mapped(batch, rows)
+
+    pieces = min(count, samples)
+    edges = [round(samples * number / pieces) for number in range(pieces + 1)]
+    return [part(begin, end) for begin, end in pairwise(edges)] if pieces > 1 else [batch]

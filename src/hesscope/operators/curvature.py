@@ -40,9 +40,10 @@ KEPT_SHARE = 0.25
 # measured for double backward (ResNet-20, GPT), 1.5 to 2.5 for a linearization.
 GRAPHS_HELD = 2.5
 
-# Samples are cut into at least so many pieces where nothing is kept: a fresh graph of the gradient takes 2.2 to 2.3
-# times the memory of a gradient, that of half the samples well below twice.
-PIECES = 2
+# Samples are cut into at least so many pieces where a batch is not kept, and where nothing may be kept at all: a fresh
+# graph of the gradient takes 2.2 to 2.3 times the memory of a gradient, that of half the samples less than twice in
+# convolutional networks, and of a quarter in transformers with a large vocabulary.
+PIECES, MOST_PIECES = 2, 4
 
 
 class _Curvature(Operator):
@@ -178,19 +179,31 @@ class _Curvature(Operator):
         objective = self.objective
         if V.shape[1] == 0:
             return V.clone()
-        with objective.evaluating() as (theta, batches), explained(self.name, self._held):
-            self._kept.renew((theta, *objective.model.buffers()))
+        with explained(self.name, self._held):
+            self._kept.renew(objective.state())
             rows = V.T.clone() if V.is_inference() else V.T
-            finite = bool(rows.isfinite().all())
-            total = torch.zeros_like(rows)
-            for index, linear in self._maps(theta, batches):
-                vectorized = self._vectorizes(linear.multiply, index, rows.shape[0])
-                step = self._vectorized_columns if vectorized else rows.shape[0]
-                for part, chunk in zip(*(torch.split(t, step) for t in (total, rows)), strict=True):
-                    part += linear.multiply(chunk, vectorized)
-                if finite and not bool(total.isfinite().all()):
-                    raise DataError(f"{self.name} is not finite on batch {index}")
-            return (total / objective.num_terms).T
+            if len(self._kept.maps) == objective.num_batches:
+                with objective.undisturbed():  # neither the data is read nor the model run
+                    total = self._added(self._kept.items(), rows)
+            else:
+                with objective.evaluating() as (theta, batches):
+                    total = self._added(self._maps(theta, batches), rows)
+            return total.div_(objective.num_terms).T
+
+    def _added(self, maps: Iterator[tuple[int, LinearMap]], rows: Tensor) -> Tensor:
+        """Sum over batches of the products with all rows [K, P]."""
+        total: Tensor | None = None
+        for index, linear in maps:
+            vectorized = self._vectorizes(linear.multiply, index, rows.shape[0])
+            step = self._vectorized_columns if vectorized else rows.shape[0]
+            parts = [linear.multiply(chunk, vectorized) for chunk in torch.split(rows, step)]
+            product = parts[0] if len(parts) == 1 else torch.cat(parts)
+            total = product if total is None else total.add_(product)
+            # One pass over a sum; entry by entry only if that is not finite.
+            if not bool(total.sum().isfinite()) and bool(rows.isfinite().all()) and not bool(total.isfinite().all()):
+                raise DataError(f"{self.name} is not finite on batch {index}")
+            del linear, parts, product  # before the next one is made
+        return torch.zeros_like(rows) if total is None else total
 
     def explain(self) -> str:
         """Which engine multiplies and why, what was timed, what is kept in memory, and what is done differently.
@@ -234,9 +247,6 @@ class _Curvature(Operator):
 
     def _maps(self, theta: Tensor, batches: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, LinearMap]]:
         """The linear maps of all batches: those kept, and others made for the occasion."""
-        if len(self._kept.maps) == self.objective.num_batches:
-            yield from self._kept.items()  # the data is not even read
-            return
         for index, batch in batches:
             if index in self._kept.maps:
                 linear = self._kept.maps[index]
@@ -269,7 +279,7 @@ class _Curvature(Operator):
     def _pieces(self, theta: Tensor, batch: object, index: int) -> Iterator[tuple[int, LinearMap]]:
         """A batch that cannot be kept, a part of its samples at a time."""
         held = GRAPHS_HELD * self.objective.graph_bytes
-        count = max(PIECES, math.ceil(held / self._budget)) if self._budget else PIECES
+        count = max(PIECES, math.ceil(held / self._budget)) if self._budget else MOST_PIECES
         for piece in self.objective.pieces(theta, batch, index, count):
             matrix, linear = self._on(piece, index), None
             if self._streaming is not None:
@@ -283,6 +293,7 @@ class _Curvature(Operator):
                     self._streaming = replace(choice, reason=reason)
             if linear is not None:
                 yield index, linear
+            del linear
 
     @abstractmethod
     def _on(self, batch: object, index: int) -> Curve | Sandwich:

@@ -24,6 +24,7 @@ from hesscope.operators.second_derivatives import (
     pull_back,
     require_twice_differentiable,
     saved_storages,
+    stacked,
 )
 
 ENGINES = ("double_backward", "linearize", "forward_over_reverse")
@@ -80,7 +81,7 @@ def build(engine: str, matrix: Curve | Sandwich, theta: Tensor, example: Tensor)
     product = _dual_curve(matrix, theta) if isinstance(matrix, Curve) else _dual_sandwich(matrix, theta)
     if engine == "linearize":
         return _replayed(record(product, example))
-    return LinearMap(lambda rows, vectorized: torch.stack([product(row) for row in rows]), {})
+    return LinearMap(lambda rows, vectorized: stacked([product(row) for row in rows]), {})
 
 
 def variants(linear: LinearMap) -> tuple[LinearMap, ...]:
@@ -94,7 +95,7 @@ def compiled(linear: LinearMap) -> LinearMap:
     """A linearization through `torch.compile`, one row at a time; the first product takes the time to compile."""
     graph = linear.multiply.graph  # type: ignore[attr-defined]
     replay: Callable[[Tensor], Tensor] = torch.compile(graph, fullgraph=True, dynamic=False)
-    return LinearMap(lambda rows, vectorized: torch.stack([replay(row) for row in rows]), linear.storages)
+    return LinearMap(lambda rows, vectorized: stacked([replay(row) for row in rows]), linear.storages)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class _Replay:
             if vectorized:
                 result: Tensor = torch.func.vmap(self.graph)(rows)
                 return result
-            return torch.stack([self.graph(row) for row in rows])
+            return stacked([self.graph(row) for row in rows])
 
 
 def _replayed(graph: fx.GraphModule) -> LinearMap:

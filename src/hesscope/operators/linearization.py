@@ -17,6 +17,9 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
+from hesscope.operators.fusion import drop_unused, fused
+from hesscope.operators.second_derivatives import agree
+
 aten = torch.ops.aten
 
 # A view fixes how its input lies in memory; a replay may have it otherwise (vmap, channels last), so it reshapes.
@@ -33,7 +36,8 @@ def record(linear: Callable[[Tensor], Tensor], v: Tensor) -> fx.GraphModule:
         v: [P] any vector.
 
     Raises:
-        RuntimeError: the map's result does not depend on v through operations that can be seen.
+        RuntimeError: the map's result does not depend on v through operations that can be seen, or is another one when
+            it is replayed.
     """
     recorder = _Recorder(v)
     with recorder:
@@ -41,8 +45,12 @@ def record(linear: Callable[[Tensor], Tensor], v: Tensor) -> fx.GraphModule:
     if result not in recorder.nodes:
         raise RuntimeError("the result does not depend on the vector")
     recorder.graph.output(recorder.nodes[result])
-    recorder.graph.eliminate_dead_code(is_impure_node=_is_impure)
-    return fx.GraphModule(recorder.constants, recorder.graph)
+    drop_unused(recorder.graph)
+    graph = fused(fx.GraphModule(recorder.constants, recorder.graph))
+    with torch.no_grad():
+        if not agree(graph(v), result):
+            raise RuntimeError("replaying the recorded operations gives another product")
+    return graph
 
 
 def channels_last(graph: fx.GraphModule) -> fx.GraphModule | None:
@@ -89,12 +97,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if argument.is_write and isinstance(given, Tensor):
                 self.nodes[given] = node
         if isinstance(result, Tensor):
-            self.nodes[result] = node
+            self._follow(result, node)
         elif isinstance(result, (tuple, list)):
             for place, part in enumerate(result):
                 if isinstance(part, Tensor):
-                    self.nodes[part] = self.graph.call_function(operator.getitem, (node, place))
+                    self._follow(part, self.graph.call_function(operator.getitem, (node, place)))
         return result
+
+    def _follow(self, tensor: Tensor, node: fx.Node) -> None:
+        self.nodes[tensor] = node
+        node.meta["kind"] = _kind(tensor)
 
     def _depends(self, value: Any) -> bool:
         """Whether an argument, a tensor or a list of them, depends on v."""
@@ -115,11 +127,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._count += 1
             self.constants.register_buffer(name, value.detach())
             self._fetched[value] = self.graph.get_attr(name)
+            self._fetched[value].meta["kind"] = _kind(value)
         return self._fetched[value]
 
 
-def _is_impure(node: fx.Node) -> bool:
-    """Whether a node must stay although nothing uses its result: it is an input, the output, or writes to a tensor."""
-    if node.op in ("placeholder", "output"):
-        return True
-    return isinstance(node.target, torch._ops.OpOverload) and bool(node.target._schema.is_mutable)
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.layout

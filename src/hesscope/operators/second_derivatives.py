@@ -114,7 +114,12 @@ def pull_back(output: Tensor, source: Tensor, cotangents: Tensor, vectorized: bo
         return source.new_zeros((count, *source.shape))
     if count > 1 and vectorized:
         return _one_pass(output, source, cotangents, batched=True)
-    return torch.stack([_one_pass(output, source, cotangent, batched=False) for cotangent in cotangents])
+    return stacked([_one_pass(output, source, cotangent, batched=False) for cotangent in cotangents])
+
+
+def stacked(rows: list[Tensor]) -> Tensor:
+    """Rows as one tensor; a single one is not copied."""
+    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
 
 
 def _one_pass(output: Tensor, source: Tensor, cotangents: Tensor, batched: bool) -> Tensor:

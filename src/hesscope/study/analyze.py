@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from hesscope._version import __version__
-from hesscope.core.errors import InputError
 from hesscope.core.memory import human_bytes, require_memory
 from hesscope.core.rng import normal, stream
 from hesscope.estimate.block_energies import (
@@ -43,6 +42,22 @@ if TYPE_CHECKING:
 # A study is cut into about so many parts, each stored when done: a killed run loses at most one of them.
 PARTS = 40
 RESULT = "energies"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What an objective is at its parameters: L, the gradient's norm, and its product with a fixed random vector."""
+
+    value: float
+    gradient_norm: float
+    gradient_product: float
+
+    @classmethod
+    def of(cls, objective: Objective) -> Point:
+        """One pass over the data for the value, and one for the gradient."""
+        gradient = objective.gradient().double().cpu()
+        product = float(gradient @ normal((len(gradient),), stream(0, "gradient summary")))
+        return cls(objective.value(), float(gradient.norm()), product)
 
 
 @dataclass(frozen=True)
@@ -75,33 +90,13 @@ class Study:
     @cached_property
     def store(self) -> Store:
         """Where the results go, under a fingerprint of all that they depend on."""
-        objective = self.objective
-        loss = objective.loss
-        # Values and gradients stand for what has no content to hash: the code of the model and of a loss callable.
-        content = {
-            "versions": (__version__, torch.__version__),
-            "settings": (repr(self.method), self.config.seed, self.config.partition, self.config.model),
-            "model": {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())},
-            "loss": {
-                name: repr(value) for name, value in vars(getattr(loss, "module", loss)).items() if name[0] != "_"
-            },
-            "loss_weights": dict(loss.module.named_buffers()) if isinstance(loss, OutputLoss) else {},
-            "data": objective.data_fingerprint,
-            "partition": (*self.partition.labels, self.partition.assignment),
-            "function": (f"{self.value:.5e}", [f"{entry:.3e}" for entry in self.gradient_summary]),
-        }
-        return Store(self.folder, fingerprint(content))
+        settings = (repr(self.method), self.config.seed, self.config.partition, self.config.model)
+        return Store(self.folder, settings_fingerprint(self.objective, self.partition, settings, self.point))
 
     @cached_property
-    def value(self) -> float:
-        """L at the model's parameters."""
-        return self.objective.value()
-
-    @cached_property
-    def gradient_summary(self) -> tuple[float, float]:
-        """Norm of the gradient, and its product with a fixed random vector."""
-        gradient = self.objective.gradient().double().cpu()
-        return float(gradient.norm()), float(gradient @ normal((len(gradient),), stream(0, "gradient summary")))
+    def point(self) -> Point:
+        """The function at the model's parameters."""
+        return Point.of(self.objective)
 
 
 def prepare(config: StudyConfig, base: Path) -> Study:
@@ -110,17 +105,9 @@ def prepare(config: StudyConfig, base: Path) -> Study:
     Raises:
         HesscopeError: whatever does not fit, in one line; nothing has been written then.
     """
+    objective = load_objective(config, base)
     with loading.importable_from(base):
-        checkpoint = None if config.checkpoint is None else base / config.checkpoint
-        model = loading.load_model(config.model, config.model_arguments, checkpoint)
-        data = loading.load_data(config.data, config.data_arguments, config.loss)
-        objective = Objective(model, loading.load_loss(config.loss), data)
-        partition = loading.load_partition(config.partition, model)
-    if objective.parameters.dtype not in (torch.float32, torch.float64):
-        raise InputError(
-            f"the parameters are {objective.parameters.dtype}; studies need float32 or float64: "
-            "convert the model (and its data) in the functions that make them"
-        )
+        partition = loading.load_partition(config.partition, objective.model)
     partition.require_fits(objective.parameters.size)
     method = choose_method(objective.parameters.size, len(partition), config.method, config.probes)
     study = Study(config, base / config.output, objective, partition, method)
@@ -131,6 +118,34 @@ def prepare(config: StudyConfig, base: Path) -> Study:
         "fewer probes or a coarser partition",
     )
     return study
+
+
+def load_objective(config: StudyConfig, base: Path) -> Objective:
+    """The model on its data, as a STUDY.toml in the folder `base` describes them; half precision becomes float32."""
+    with loading.importable_from(base):
+        checkpoint = None if config.checkpoint is None else base / config.checkpoint
+        model = loading.load_model(config.model, config.model_arguments, checkpoint)
+        data = loading.load_data(config.data, config.data_arguments, config.loss)
+        return Objective(model, loading.load_loss(config.loss), data)
+
+
+def settings_fingerprint(objective: Objective, partition: Partition, settings: tuple[Any, ...], point: Point) -> str:
+    """Hash of all that a measurement depends on.
+
+    Values and gradients stand for what has no content to hash: the code of the model and of a loss callable.
+    """
+    loss = objective.loss
+    content = {
+        "versions": (__version__, torch.__version__),
+        "settings": settings,
+        "model": {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())},
+        "loss": {name: repr(value) for name, value in vars(getattr(loss, "module", loss)).items() if name[0] != "_"},
+        "loss_weights": dict(loss.module.named_buffers()) if isinstance(loss, OutputLoss) else {},
+        "data": objective.data_fingerprint,
+        "partition": (*partition.labels, partition.assignment),
+        "function": (f"{point.value:.5e}", [f"{point.gradient_norm:.3e}", f"{point.gradient_product:.3e}"]),
+    }
+    return fingerprint(content)
 
 
 def describe(study: Study) -> list[tuple[str, str]]:
@@ -148,8 +163,8 @@ def describe(study: Study) -> list[tuple[str, str]]:
             f"{objective.num_terms:,} loss terms in {objective.num_batches:,} batches, loss {objective.loss.name}",
         ),
         ("partition", f"{study.config.partition}: {len(partition):,} blocks"),
-        ("unmatched", f"{_some(partition.unmatched)} ({unmatched:,} parameters in single blocks)"),
-        ("unused", _some(objective.unused) + (" (their rows are exactly zero)" if objective.unused else "")),
+        ("unmatched", f"{some_names(partition.unmatched)} ({unmatched:,} parameters in single blocks)"),
+        ("unused", some_names(objective.unused) + (" (their rows are exactly zero)" if objective.unused else "")),
         ("method", f"{method.name}: {products:,} products ({how}; {' and '.join(study.part_names[:2])})"),
         ("time", f"about {human_seconds(seconds * products)} ({1000 * seconds:.2g} ms a product)"),
         ("memory", f"about {human_bytes(expected_bytes(study))} beyond the model and data"),
@@ -279,14 +294,14 @@ def _merge(study: Study, names: list[str]) -> xr.Dataset:
         result["block_of_parameter"] = ("parameter", partition.assignment)
     return result.assign_attrs(
         model=study.config.model,
-        config=json.dumps(study.config.model_dump(exclude_none=True)),
+        config=json.dumps(study.config.model_dump(exclude_none=True, exclude={"spectrum"})),
         model_class=type(study.objective.model).__name__,
         loss=study.objective.loss.name,
         partition=study.config.partition,
         unmatched=list(partition.unmatched),
         unused=list(study.objective.unused),
-        value=study.value,
-        gradient_norm=study.gradient_summary[0],
+        value=study.point.value,
+        gradient_norm=study.point.gradient_norm,
         parameters=study.objective.parameters.size,
         terms=study.objective.num_terms,
         method=study.method.name,
@@ -294,7 +309,8 @@ def _merge(study: Study, names: list[str]) -> xr.Dataset:
     )
 
 
-def _some(names: tuple[str, ...]) -> str:
+def some_names(names: tuple[str, ...]) -> str:
+    """The first few of them, and how many more."""
     if not names:
         return "none"
     more = f" and {len(names) - loading.NAMES_SHOWN} more" if len(names) > loading.NAMES_SHOWN else ""

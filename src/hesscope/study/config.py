@@ -12,7 +12,8 @@ from hesscope.core.checks import nearest
 from hesscope.core.errors import InputError
 
 EXAMPLE = """\
-# A hesscope study. Run it with:  hesscope analyze STUDY.toml
+# A hesscope study. Run it with:  hesscope analyze STUDY.toml   (how block-diagonal the Hessian is)
+#                            or:  hesscope spectrum STUDY.toml  (its eigenvalues, trace and norm, block by block)
 # Relative paths are relative to this file; so are the modules named below.
 
 # The network: a function that returns a torch.nn.Module, and what to call it with.
@@ -32,16 +33,50 @@ loss = "cross_entropy"
 
 # Blocks: "tensor", "layer", "row" (one per neuron), "column", "head",
 # or "pkg.module:function" that takes the model and returns a hesscope.Partition.
+# (spectrum takes layers where these are more than 64 blocks, or where this line is left out.)
 partition = "row"
 
-# "exact" (one product per parameter), "probes" (random, with standard errors), or "auto".
+# For analyze: "exact" (one product per parameter), "probes" (random, with standard errors), or "auto".
 method = "auto"
 # probes = 32
 seed = 0
 
 # Where the page, the figures and the results go.
 output = "out/study"
+
+# For spectrum; every line of it may be left out, and so may all of it.
+[spectrum]
+# "hessian", or "gauss_newton" (not for a loss of your own).
+matrix = "hessian"
+# Eigenpairs at either end of the spectrum, and their residual relative to the eigenvalue.
+eigenpairs = 10
+residual = 1e-3
+# Spectral density of the whole matrix: random vectors, and products for each.
+probes = 8
+steps = 60
+# The same for every block.
+block_probes = 4
+block_steps = 30
+# Relative standard error of trace, norm and traces of blocks; they end at this many products each.
+rtol = 0.02
+# max_products = 1000
 """
+
+
+class SpectrumConfig(BaseModel):
+    """The keys of STUDY.toml's section [spectrum] (see EXAMPLE)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    matrix: str = "hessian"
+    eigenpairs: int = Field(default=10, ge=1)
+    residual: float = Field(default=1e-3, gt=0, lt=1)
+    probes: int = Field(default=8, ge=2)
+    steps: int = Field(default=60, ge=2)
+    block_probes: int = Field(default=4, ge=2)
+    block_steps: int = Field(default=30, ge=2)
+    rtol: float = Field(default=0.02, gt=0, lt=1)
+    max_products: int | None = Field(default=None, ge=6)
 
 
 class StudyConfig(BaseModel):
@@ -60,6 +95,7 @@ class StudyConfig(BaseModel):
     method: str = "auto"
     probes: int | None = None
     seed: int = 0
+    spectrum: SpectrumConfig = Field(default_factory=SpectrumConfig)
 
 
 def read_config(path: Path) -> StudyConfig:
@@ -86,7 +122,8 @@ def read_config(path: Path) -> StudyConfig:
 def _in_words(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{nearest(key, StudyConfig.model_fields)}"
+        section = SpectrumConfig if problem["loc"][0] == "spectrum" else StudyConfig
+        return f"unknown key {key!r}{nearest(str(problem['loc'][-1]), section.model_fields)}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing"
     return f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
