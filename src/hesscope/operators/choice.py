@@ -1,4 +1,7 @@
-"""Which engine multiplies: the candidates are tried and timed once, on the first batch, and checked against each other.
+"""Which engine multiplies: the candidates are tried and timed once, on the first batch, and checked.
+
+What has won wherever we measured, the linearization, is timed on all of the batch, since it will most likely be used;
+double backward on a part of it.
 
 Rounding differs between engines, so a choice by the clock could change the last digits from run to run: problems that
 take milliseconds are not timed at all.
@@ -14,8 +17,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hesscope.core.errors import ModelError
 from hesscope.core.memory import human_bytes
-from hesscope.operators.engines import Curve, LinearMap, Sandwich, build, compiled, variants
+from hesscope.operators.engines import Curve, LinearMap, Sandwich, build, compiled, load_forward_mode, variants
 from hesscope.operators.second_derivatives import agree, require_symmetric
 
 Result = TypeVar("Result")
@@ -84,25 +88,36 @@ class Choice:
 
 
 def settle(
-    engine: str, compile: bool, matrix: Curve | Sandwich, theta: Tensor, pair: Tensor, graph_bytes: int
+    engine: str,
+    compile: bool,
+    matrix: Curve | Sandwich,
+    theta: Tensor,
+    pair: Tensor,
+    graph_bytes: int,
+    sample: tuple[Curve | Sandwich, float] | None = None,
 ) -> tuple[Choice, LinearMap] | None:
     """The engine and the linear map of the first batch; None if that is zero.
 
     Args:
         engine: one of ENGINES or "auto"; compile: whether linearizations are compiled.
         pair: [2, P] random rows to check and to time with; graph_bytes: memory for the activations.
+        sample: the matrix on a part of the batch, and how large a part, to time what is not likely to be chosen.
 
     Raises:
         ModelError: products are not symmetric. What the engine raises, if no engine works.
     """
-    if engine == "auto" and compile:
-        engine = "linearize"
-    if engine == "auto" and graph_bytes < SMALL_GRAPH:
-        engine, reason = "double_backward", "the problem is small: nothing to be gained"
-    elif engine == "auto":
-        return _fastest(matrix, theta, pair)
-    else:
-        reason = "as asked for"
+    failure = ""
+    if engine == "auto" and not compile and graph_bytes >= SMALL_GRAPH:
+        try:
+            return _fastest(matrix, theta, pair, sample or (matrix, 1.0))
+        except ModelError:
+            raise
+        except Exception as error:  # forward mode lacks some operation: double backward goes on alone
+            failure = " ".join(str(error).split())[:120]
+    reason = "as asked for"
+    if engine == "auto":
+        engine = "linearize" if compile else "double_backward"
+        reason = "linearize cannot be used: " + failure if failure else "the problem is small: nothing to be gained"
     choice = Choice(_name(engine, 0, compile), engine, compile=compile, reason=reason)
     linear = choice.build(matrix, theta, pair[0])
     if linear is None:
@@ -111,34 +126,40 @@ def settle(
     return choice, linear
 
 
-def _fastest(matrix: Curve | Sandwich, theta: Tensor, pair: Tensor) -> tuple[Choice, LinearMap] | None:
-    """Time double backward, then linearizations, which must give the same product."""
-    name = "double_backward"
-    setup, linear = _timed(lambda: build(name, matrix, theta, pair[0]))
-    if linear is None:
-        return None
-    seconds, truth = _time_product(linear, pair[:1])
-    candidates, found = [Candidate(name, setup, seconds, linear.bytes)], {name: (Choice(name, name), linear)}
-    second: Tensor | None = None
-    try:
-        setup, recorded = _timed(lambda: build("linearize", matrix, theta, pair[1]))
-        assert recorded is not None
-        for number, variant in enumerate(variants(recorded)):
-            name = _name("linearize", number, False)
-            if not agree(variant.multiply(pair[:1], False), truth):
-                candidates.append(Candidate(name, failure="its product differs from double backward's"))
+def _fastest(
+    matrix: Curve | Sandwich, theta: Tensor, pair: Tensor, sample: tuple[Curve | Sandwich, float]
+) -> tuple[Choice, LinearMap] | None:
+    """Time linearizations, and double backward on a sample of the batch; whatever fails is passed on."""
+    load_forward_mode()
+    setup, recorded = _timed(lambda: build("linearize", matrix, theta, pair[1]))
+    assert recorded is not None
+    seconds, first = _time_product(recorded, pair[:1])
+    require_symmetric(pair, torch.cat([first, recorded.multiply(pair[1:], False)]), matrix.what)
+    candidates, found = [], {}
+    for number, variant in enumerate(variants(recorded)):
+        name = _name("linearize", number, False)
+        if number:
+            again = variant.multiply(pair[:1], False)  # its first product is slow
+            seconds, product = _time_product(variant, pair[:1])
+            if not agree(again, first) or not agree(product, first):
+                candidates.append(Candidate(name, failure="it gives another product"))
                 continue
-            seconds, second = _time_product(variant, pair[1:])
-            candidates.append(Candidate(name, setup, seconds, variant.bytes))
-            found[name] = (Choice(name, "linearize", number), variant)
-    except Exception as error:  # forward mode lacks some operation: double backward goes on alone
-        candidates.append(Candidate("linearize", failure=" ".join(str(error).split())[:120]))
+        candidates.append(Candidate(name, setup, seconds, variant.bytes))
+        found[name] = (Choice(name, "linearize", number), variant)
+    name, (part, share) = "double_backward", sample
+    setup, linear = _timed(lambda: build(name, part, theta, pair[0]))
+    if linear is not None:
+        seconds, _ = _time_product(linear, pair[:1])
+        candidates.append(Candidate(name, setup / share, seconds / share, int(linear.bytes / share)))
     best = min((candidate for candidate in candidates if not candidate.failure), key=lambda each: each.cost)
+    reason = f"the fastest over {PRODUCTS} products, set-up included"
+    if best.name == name:
+        linear = build(name, matrix, theta, pair[0])
+        if linear is None:
+            return None
+        require_symmetric(pair, torch.cat([first, linear.multiply(pair[1:], False)]), matrix.what)
+        return Choice(name, name, reason=reason, candidates=tuple(candidates)), linear
     choice, linear = found[best.name]
-    if second is None:
-        second = linear.multiply(pair[1:], False)
-    require_symmetric(pair, torch.cat([truth, second]), matrix.what)
-    reason = f"the fastest over {PRODUCTS} products, set-up included" if len(found) > 1 else "the only one that works"
     return replace(choice, reason=reason, candidates=tuple(candidates)), linear
 
 

@@ -18,6 +18,7 @@ from hesscope.core.memory import available_bytes, human_bytes
 from hesscope.core.rng import normal, stream
 from hesscope.objective.losses import output_gradient
 from hesscope.objective.objective import Objective, require_output_loss
+from hesscope.objective.pieces import cut
 from hesscope.operators.choice import Choice, settle
 from hesscope.operators.closed_form import mlp
 from hesscope.operators.closed_form.network import Network, recognize
@@ -44,6 +45,9 @@ GRAPHS_HELD = 2.5
 # graph of the gradient takes 2.2 to 2.3 times the memory of a gradient, that of half the samples less than twice in
 # convolutional networks, and of a quarter in transformers with a large vocabulary.
 PIECES, MOST_PIECES = 2, 4
+
+# What is not likely to be chosen is timed on so small a part of a batch.
+SAMPLED = 4
 
 
 class _Curvature(Operator):
@@ -270,7 +274,17 @@ class _Curvature(Operator):
         matrix = self._on(batch, index)
         if self._choice is not None:
             return self._choice.build(matrix, theta, self._pair[0])
-        settled = settle(self._asked, self._compile, matrix, theta, self._pair, self.objective.graph_bytes)
+        part = cut(batch, SAMPLED)[0]
+        share = 1.0 if part is batch else 1 / SAMPLED
+        settled = settle(
+            self._asked,
+            self._compile,
+            matrix,
+            theta,
+            self._pair,
+            self.objective.graph_bytes,
+            (self._on(part, index), share),
+        )
         if settled is None:
             return None
         self._choice, linear = settled

@@ -16,10 +16,10 @@ from functools import cache
 from importlib import import_module
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from hesscope.operators.linearization import channels_last, constant_storages, record
+from hesscope.operators.linearization import Linearization, channels_last, record
 from hesscope.operators.second_derivatives import (
     pull_back,
     require_twice_differentiable,
@@ -35,10 +35,14 @@ Multiply = Callable[[Tensor, bool], Tensor]
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A symmetric matrix on one batch: its products, and the memory it holds between them (storage -> bytes)."""
+    """A symmetric matrix on one batch: its products, and the memory it holds between them (storage -> bytes).
+
+    recorded: what it replays, if it is a linearization.
+    """
 
     multiply: Multiply
     storages: Mapping[int, int] = field(repr=False)
+    recorded: Linearization | None = field(default=None, repr=False)
 
     @property
     def bytes(self) -> int:
@@ -77,7 +81,7 @@ def build(engine: str, matrix: Curve | Sandwich, theta: Tensor, example: Tensor)
     """
     if engine == "double_backward":
         return _curve_backward(matrix, theta) if isinstance(matrix, Curve) else _sandwich_backward(matrix, theta)
-    _load_forward_mode()
+    load_forward_mode()
     product = _dual_curve(matrix, theta) if isinstance(matrix, Curve) else _dual_sandwich(matrix, theta)
     if engine == "linearize":
         return _replayed(record(product, example))
@@ -86,38 +90,34 @@ def build(engine: str, matrix: Curve | Sandwich, theta: Tensor, example: Tensor)
 
 def variants(linear: LinearMap) -> tuple[LinearMap, ...]:
     """A linearization as it is, and with its images laid out with their channels last, if it has convolutions."""
-    graph = getattr(linear.multiply, "graph", None)
-    other = None if graph is None else channels_last(graph)
+    other = channels_last(linear.recorded) if linear.recorded is not None else None
     return (linear,) if other is None else (linear, _replayed(other))
 
 
 def compiled(linear: LinearMap) -> LinearMap:
     """A linearization through `torch.compile`, one row at a time; the first product takes the time to compile."""
-    graph = linear.multiply.graph  # type: ignore[attr-defined]
-    replay: Callable[[Tensor], Tensor] = torch.compile(graph, fullgraph=True, dynamic=False)
-    return LinearMap(lambda rows, vectorized: stacked([replay(row) for row in rows]), linear.storages)
+    assert linear.recorded is not None
+    replay: Callable[[Tensor], Tensor] = torch.compile(linear.recorded.tape.to_fx(), fullgraph=True, dynamic=False)
+
+    def multiply(rows: Tensor, vectorized: bool) -> Tensor:
+        with torch.no_grad():
+            return stacked([replay(row) for row in rows])
+
+    return LinearMap(multiply, linear.storages)
 
 
-@dataclass(frozen=True)
-class _Replay:
-    """Products by replaying a recorded graph."""
-
-    graph: fx.GraphModule
-
-    def __call__(self, rows: Tensor, vectorized: bool) -> Tensor:
+def _replayed(recorded: Linearization) -> LinearMap:
+    def multiply(rows: Tensor, vectorized: bool) -> Tensor:
         with torch.no_grad():
             if vectorized:
-                result: Tensor = torch.func.vmap(self.graph)(rows)
-                return result
-            return stacked([self.graph(row) for row in rows])
+                return recorded.replay_rows(rows)
+            return stacked([recorded.replay(row) for row in rows])
 
-
-def _replayed(graph: fx.GraphModule) -> LinearMap:
-    return LinearMap(_Replay(graph), constant_storages(graph))
+    return LinearMap(multiply, recorded.storages(), recorded)
 
 
 @cache
-def _load_forward_mode() -> None:
+def load_forward_mode() -> None:
     """Load what PyTorch loads at the first dual number, without the warnings that it gives about itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -8,16 +8,13 @@ but for rounding.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+
+from hesscope.operators.tape import Tape, Value
 
 aten = torch.ops.aten
-
-# fx.Node; its arguments may be anything, as far as types go, which would have to be asserted at every step.
-Node = Any
 
 # Elementwise operations and their forms that write to the first argument.
 IN_PLACE = {
@@ -30,144 +27,101 @@ IN_PLACE = {
     aten.addcmul.default: aten.addcmul_.default,
     aten.addmm.default: aten.addmm_.default,
 }
+# Without writing, for vmap, which cannot batch writing to what it has not batched, and has no rules for these two.
+FUNCTIONAL: dict[Any, Any] = {written: plain for plain, written in IN_PLACE.items()} | {
+    aten.addcmul_.default: lambda base, left, right, value=1: base + value * (left * right),
+    aten.addmm_.default: lambda base, left, right, alpha=1: base + alpha * (left @ right),
+}
+FUNCTIONAL |= {
+    aten.addcmul.default: FUNCTIONAL[aten.addcmul_.default],
+    aten.addmm.default: FUNCTIONAL[aten.addmm_.default],
+}
 COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
 
 
-def fused(graph: fx.GraphModule) -> fx.GraphModule:
-    """The same linear map in fewer passes; `graph` itself is not changed.
-
-    Nodes that are tensors have their `kind` (see linearization) among their meta data.
-    """
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph.graph, {}))
+def fuse(tape: Tape) -> None:
+    """Rewrite the program in fewer passes."""
     for rewrite in (_drop_copy, _drop_zeros, _fuse_sum, _write_in_place):
-        for node in list(copy.nodes):
-            if node.op == "call_function" and (node.users or _writes(node)):
-                rewrite(copy, node)
-        drop_unused(copy)
-    return fx.GraphModule(graph, copy)
+        for value in list(tape.values):
+            if value.users or value is tape.result:
+                rewrite(tape, value)
+        tape.drop_unused()
 
 
-def drop_unused(graph: fx.Graph) -> None:
-    """Take out every operation whose result nobody needs, unless it writes to a tensor."""
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _writes(node))
-
-
-def _drop_copy(graph: fx.Graph, node: Node) -> None:
+def _drop_copy(tape: Tape, value: Value) -> None:
     """A conversion to what a tensor already is copies for nothing, unless someone writes to the copy."""
-    if node.target is aten._to_copy.default and _alike(node.args[0], node) and not _is_written(node):
-        node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
+    if value.operation is aten._to_copy.default and _alike(value.args[0], value) and not _is_written(value):
+        tape.substitute(value, value.args[0])
 
 
-def _drop_zeros(graph: fx.Graph, node: Node) -> None:
+def _drop_zeros(tape: Tape, value: Value) -> None:
     """Zeros that are added: piecewise linear activations have a second derivative that is nothing but that."""
-    if node.target is aten.add.Tensor and not node.kwargs and len(node.args) == 2:
-        for kept, zeros in (node.args, node.args[::-1]):
-            if getattr(zeros, "target", None) is aten.zeros_like.default and _alike(kept, node) and _alike(zeros, node):
-                if not (_is_written(node) or _is_written(zeros)):
-                    node.replace_all_uses_with(kept)
-                    graph.erase_node(node)
-                return
-
-
-def _fuse_sum(graph: fx.Graph, node: Node) -> None:
-    """One operation for a + b * c, and for A + B @ C."""
-    if node.target not in (aten.add.Tensor, aten.sub.Tensor) or node.kwargs or len(node.args) != 2:
+    if value.operation is not aten.add.Tensor or value.kwargs or _is_written(value):
         return
-    left, right = node.args
-    sign = -1 if node.target is aten.sub.Tensor else 1
-    pairs = [(left, right), (right, left)] if sign == 1 else [(left, right)]
-    for base, product in pairs:
-        if not (_alike(base, node) and _alike(product, node) and len(product.users) == 1):
+    for kept, zeros in (value.args, value.args[::-1]):
+        made_zero = isinstance(zeros, Value) and zeros.operation is aten.zeros_like.default and not _is_written(zeros)
+        if made_zero and _alike(kept, value) and _alike(zeros, value):
+            tape.substitute(value, kept)
+            return
+
+
+def _fuse_sum(tape: Tape, value: Value) -> None:
+    """One operation for a + b * c, and for A + B @ C."""
+    if value.operation not in (aten.add.Tensor, aten.sub.Tensor) or value.kwargs:
+        return
+    left, right = value.args
+    sign = -1 if value.operation is aten.sub.Tensor else 1
+    for base, product in ((left, right), (right, left))[: 2 if sign == 1 else 1]:
+        if not (_alike(base, value) and _alike(product, value) and len(product.users) == 1):
             continue
-        if product.target is aten.mul.Tensor and all(isinstance(each, fx.Node) for each in product.args):
-            _replace(graph, node, aten.addcmul.default, (base, *product.args), {"value": sign})
-        elif product.target is aten.mm.default:
-            _replace(graph, node, aten.addmm.default, (base, *product.args), {"alpha": sign})
-        elif _is_reshaped_product(product) and _is_reshape(base) and len(base.users) == 1 and sign == 1:
-            _add_before_reshaping(graph, node, base, product)
+        if product.operation is aten.mul.Tensor and all(isinstance(each, Value) for each in product.args):
+            tape.change(value, aten.addcmul.default, (base, *product.args), {"value": sign})
+        elif product.operation is aten.mm.default:
+            tape.change(value, aten.addmm.default, (base, *product.args), {"alpha": sign})
+        elif sign == 1 and _can_add_before_reshaping(tape, base, product):
+            # The product's own place in the program becomes that of the sum, which all arguments must precede.
+            matrix, inner = product.args[0], base.args[0]
+            tape.change(matrix, aten.addmm.default, (inner, *matrix.args), {})
+            tape.change(value, aten.reshape.default, (matrix, list(value.kind[0])), {})  # type: ignore[index]
         else:
             continue
         return
 
 
-def _add_before_reshaping(graph: fx.Graph, node: Node, base: Node, product: Node) -> None:
-    """reshape(A) + reshape(B @ C) as reshape(A + B @ C), if A has the shape of the product."""
-    matrix, inner = product.args[0], base.args[0]
-    if not _alike(inner, matrix):
-        return
-    with graph.inserting_before(node):
-        total = graph.call_function(aten.addmm.default, (inner, *matrix.args))
-        total.meta.update(matrix.meta)
-    _replace(graph, node, aten.reshape.default, (total, list(node.meta["kind"][0])), {})
+def _can_add_before_reshaping(tape: Tape, base: Value, product: Value) -> bool:
+    """Whether reshape(A) + reshape(B @ C) is reshape(A + B @ C), with A known when the product is made."""
+    if not (base.operation is product.operation is aten.reshape.default and len(base.users) == 1):
+        return False
+    inner, matrix = base.args[0], product.args[0]
+    is_product = matrix.operation is aten.mm.default and len(matrix.users) == 1
+    return is_product and _alike(inner, matrix) and tape.precedes(inner, matrix)
 
 
-def _write_in_place(graph: fx.Graph, node: Node) -> None:
+def _write_in_place(tape: Tape, value: Value) -> None:
     """An elementwise operation writes to an argument that is its own tensor and that nobody else needs."""
-    if node.target not in IN_PLACE:
+    if value.operation not in IN_PLACE:
         return
-    places = (0, 1) if node.target in COMMUTATIVE and not node.kwargs else (0,)
-    for place in places:
-        temporary = node.args[place]
-        if _alike(temporary, node) and len(temporary.users) == 1 and _owns(temporary):
-            if node.args.count(temporary) > 1:
-                continue
-            others = [argument for index, argument in enumerate(node.args) if index != place]
-            node.args = (temporary, *others)
-            node.target = IN_PLACE[node.target]
+    for place in (0, 1) if value.operation in COMMUTATIVE and not value.kwargs else (0,):
+        temporary = value.args[place]
+        if _alike(temporary, value) and len(temporary.users) == 1 and _owns(temporary) and temporary is not tape.result:
+            others = [argument for index, argument in enumerate(value.args) if index != place]
+            tape.change(value, IN_PLACE[value.operation], (temporary, *others), value.kwargs)
             return
 
 
-def _owns(node: Node) -> bool:
-    """Whether the node's tensor is new: neither an input, a constant nor a view."""
-    if node.op != "call_function":
-        return False
-    if node.target is operator.getitem:
-        return _owns(node.args[0])
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    if node.target in IN_PLACE.values():
-        return True  # it wrote to a tensor that was its own
-    return all(result.alias_info is None for result in node.target._schema.returns)
+def _owns(value: Value) -> bool:
+    """Whether the value's tensor is new: neither the input, a constant nor a view."""
+    if value.operation is operator.getitem:
+        return _owns(value.args[0])
+    # What we wrote in place, was written to a tensor that was its own.
+    return value.operation is not None and (not value.is_view or value.operation in IN_PLACE.values())
 
 
-def _writes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and bool(node.target._schema.is_mutable)
+def _is_written(value: Value) -> bool:
+    """Whether an operation writes to the value's tensor, or to a view of it."""
+    return any(user.writes or (user.is_view and _is_written(user)) for user in value.users)
 
 
-def _is_written(node: Node) -> bool:
-    """Whether an operation writes to the node's tensor, or to a view of it."""
-    return any(
-        _writes(user) or user.target is operator.getitem or (_is_view(user) and _is_written(user))
-        for user in node.users
-    )
-
-
-def _is_view(node: Node) -> bool:
-    overload = isinstance(node.target, torch._ops.OpOverload)
-    return overload and any(result.alias_info is not None for result in node.target._schema.returns)
-
-
-def _is_reshape(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is aten.reshape.default
-
-
-def _is_reshaped_product(node: Node) -> bool:
-    return _is_reshape(node) and node.args[0].target is aten.mm.default and len(node.args[0].users) == 1
-
-
-def _alike(node: Any, other: Node) -> bool:
-    """Whether two nodes are tensors of one kind: shape, dtype, device and layout."""
-    return isinstance(node, fx.Node) and "kind" in node.meta and node.meta["kind"] == other.meta.get("kind")
-
-
-def _replace(
-    graph: fx.Graph, node: Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Put another operation in the node's place."""
-    with graph.inserting_before(node):
-        new = graph.call_function(target, args, kwargs)
-        new.meta.update(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+def _alike(value: object, other: Value) -> bool:
+    """Whether two values are tensors of one kind."""
+    return isinstance(value, Value) and value.kind is not None and value.kind == other.kind
