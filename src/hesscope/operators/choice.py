@@ -4,7 +4,7 @@ What has won wherever we measured, the linearization, is timed on all of the bat
 double backward on a part of it.
 
 Rounding differs between engines, so a choice by the clock could change the last digits from run to run: problems that
-take milliseconds are not timed at all.
+take milliseconds are not timed at all, but linearized, if that can be done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hesscope.core.errors import ModelError
+from hesscope.core.errors import HesscopeError
 from hesscope.core.memory import human_bytes
 from hesscope.operators.engines import Curve, LinearMap, Sandwich, build, compiled, load_forward_mode, variants
 from hesscope.operators.second_derivatives import agree, require_symmetric
@@ -106,18 +106,22 @@ def settle(
     Raises:
         ModelError: products are not symmetric. What the engine raises, if no engine works.
     """
-    failure = ""
-    if engine == "auto" and not compile and graph_bytes >= SMALL_GRAPH:
+    if engine == "auto" and not compile:
         try:
-            return _fastest(matrix, theta, pair, sample or (matrix, 1.0))
-        except ModelError:
+            if graph_bytes >= SMALL_GRAPH:
+                return _fastest(matrix, theta, pair, sample or (matrix, 1.0))
+            return _checked("linearize", False, matrix, theta, pair, "the problem is too small to be worth timing")
+        except HesscopeError:
             raise
-        except Exception as error:  # forward mode lacks some operation: double backward goes on alone
-            failure = " ".join(str(error).split())[:120]
-    reason = "as asked for"
-    if engine == "auto":
-        engine = "linearize" if compile else "double_backward"
-        reason = "linearize cannot be used: " + failure if failure else "the problem is small: nothing to be gained"
+        except Exception as error:  # forward mode lacks some operation
+            reason = f"linearize cannot be used: {' '.join(str(error).split())[:120]}"
+            return _checked("double_backward", False, matrix, theta, pair, reason)
+    return _checked("linearize" if engine == "auto" else engine, compile, matrix, theta, pair, "as asked for")
+
+
+def _checked(
+    engine: str, compile: bool, matrix: Curve | Sandwich, theta: Tensor, pair: Tensor, reason: str
+) -> tuple[Choice, LinearMap] | None:
     choice = Choice(_name(engine, 0, compile), engine, compile=compile, reason=reason)
     linear = choice.build(matrix, theta, pair[0])
     if linear is None:

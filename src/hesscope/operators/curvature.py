@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hesscope.core.checks import nearest, require_choice
-from hesscope.core.errors import DataError, InputError
+from hesscope.core.errors import DataError, HesscopeError, InputError
 from hesscope.core.memory import available_bytes, human_bytes
 from hesscope.core.rng import normal, stream
 from hesscope.objective.losses import output_gradient
@@ -23,7 +23,7 @@ from hesscope.operators.choice import Choice, settle
 from hesscope.operators.closed_form import mlp
 from hesscope.operators.closed_form.network import Network, recognize
 from hesscope.operators.closed_form.strips import cut_matrix
-from hesscope.operators.engines import ENGINES, Curve, LinearMap, Multiply, Sandwich
+from hesscope.operators.engines import ENGINES, Curve, LinearMap, Multiply, Sandwich, build
 from hesscope.operators.kept import Kept
 from hesscope.operators.operator import STRIP_MEMORY, MatrixStrip, Operator, Restricted, as_positions
 from hesscope.operators.second_derivatives import explained, pull_back, vectorizes
@@ -273,7 +273,14 @@ class _Curvature(Operator):
     def _made(self, theta: Tensor, batch: object, index: int) -> LinearMap | None:
         matrix = self._on(batch, index)
         if self._choice is not None:
-            return self._choice.build(matrix, theta, self._pair[0])
+            try:
+                return self._choice.build(matrix, theta, self._pair[0])
+            except HesscopeError:
+                raise
+            except Exception:  # another operation than in the first batch, without forward mode
+                if self._asked != "auto" or self._compile:
+                    raise
+                return build("double_backward", matrix, theta, self._pair[0])
         part = cut(batch, SAMPLED)[0]
         share = 1.0 if part is batch else 1 / SAMPLED
         settled = settle(

@@ -107,6 +107,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is aten._efficientzerotensor.default:
+            # Zeros without memory stand for tangents that are not there. Operations on them, called from here, have
+            # ended the process (PyTorch 2.13, aten.mul.Scalar).
+            return torch.zeros(*args, **kwargs)
         result = func(*args, **kwargs)
         if not (_depends(args) or (kwargs and _depends(tuple(kwargs.values())))):
             return result

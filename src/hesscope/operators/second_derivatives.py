@@ -17,7 +17,7 @@ NOT_IMPLEMENTED = re.compile(r"derivative for '?([\w:]+)'? is not implemented")
 
 # The same for dual numbers, of PyTorch's operations and of custom functions.
 NO_FORWARD_MODE = re.compile(
-    r"forward AD with (\S+) that does not support it|implement the (jvp) function for custom autograd"
+    r"forward AD with (\S+) that does not support it|implement the jvp function for custom autograd"
 )
 
 # Rounding between two orders of summation, and the asymmetry of a symmetric matrix in products, in units of the dtype's
@@ -45,7 +45,7 @@ def explained(what: str, held: Callable[[], str] = str) -> Iterator[None]:
         found = NO_FORWARD_MODE.search(text)
         if found is not None:
             raise NoSecondDerivativeError(
-                f"{what} by this engine needs forward-mode derivatives, which {found.group(1) or found.group(2)} has "
+                f"{what} by this engine needs forward-mode derivatives, which {found.group(1) or 'a custom function'} has "
                 "not; use engine='double_backward' (or 'auto')"
             ) from error
         raise ModelError(f"{what} failed: {type(error).__name__}: {text}") from error
