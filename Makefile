@@ -16,8 +16,14 @@ check: .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.installed
+# On a GPU machine nothing is installed: the benchmark of products and spectra needs torch, NumPy and SciPy only.
+ifeq ($(DEVICE),cuda)
+bench:
+	PYTHONPATH=src $(PYTHON) -m benchmarks --device cuda
+else
+bench: .venv/.installed-bench
 	$(BIN)/python -m benchmarks
+endif
 
 # torch comes first, so that no other package can pull in a different build of it.
 .venv/.installed: pyproject.toml constraints.txt
@@ -28,6 +34,12 @@ bench: .venv/.installed
 
 .venv/.installed-test: .venv/.installed
 	$(PIP) -e '.[test]'
+	touch $@
+
+# PyHessian asks for a torchvision that it does not need.
+.venv/.installed-bench: .venv/.installed-test
+	$(PIP) -e '.[bench]'
+	$(PIP) --no-deps pyhessian
 	touch $@
 
 clean:

@@ -44,9 +44,17 @@ def test_exact(name):
     assert not E.stderr.any()
 
 
-@pytest.mark.parametrize(("method", "name"), [*[(m, "outliers") for m in METHODS], ("full", "not_symmetric")])
-def test_unbiased_and_honest_with_fixed_probes(method, name):
-    r = replicates(traces, name, 200, method=method, probes=96)
+@pytest.mark.parametrize(
+    ("method", "name", "probes"),
+    [
+        ("full", "outliers", 96),
+        ("confined", "outliers", 48),
+        ("hutch++", "outliers", 32),
+        ("full", "not_symmetric", 32),
+    ],
+)
+def test_unbiased_and_honest_with_fixed_probes(method, name, probes):
+    r = replicates(traces, name, 200, method=method, probes=probes)
     check_unbiased(r.of("value"), r.of("stderr"), truth(name))
 
 

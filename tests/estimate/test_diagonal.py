@@ -26,9 +26,9 @@ def test_exact(name):
     assert E.products == SIZE
 
 
-@pytest.mark.parametrize(("method", "name"), [("hutchinson", "flat"), ("hutch++", "not_symmetric")])
-def test_every_entry_is_unbiased_and_honest(method, name):
-    r = replicates(diagonal, name, 270, method=method, probes=128)
+@pytest.mark.parametrize(("method", "name", "probes"), [("hutchinson", "flat", 40), ("hutch++", "not_symmetric", 128)])
+def test_every_entry_is_unbiased_and_honest(method, name, probes):
+    r = replicates(diagonal, name, 270, method=method, probes=probes)
     check_unbiased(r.of("value"), r.of("stderr"), truth(name))
 
 
@@ -54,7 +54,7 @@ def test_unbiased_and_honest_to_a_tolerance(name):
 
 
 def test_a_planted_bias_of_3_percent_fails():
-    r = replicates(diagonal, "flat", 270, method="hutchinson", probes=128)
+    r = replicates(diagonal, "flat", 270, method="hutchinson", probes=40)
     with pytest.raises(AssertionError, match="biased"):
         check_unbiased(1.03 * r.of("value"), r.of("stderr"), truth("flat"))
 

@@ -29,10 +29,14 @@ def test_exact(name):
     assert (E.stderr, E.products) == (0.0, SIZE)
 
 
-@pytest.mark.parametrize("name", ["outliers", "flat", "not_symmetric"])
-@pytest.mark.parametrize("method", METHODS)
-def test_unbiased_and_honest_with_fixed_probes(method, name):
-    r = replicates(frobenius_norm_squared, name, 260, method=method, probes=96)
+@pytest.mark.parametrize(
+    ("method", "name", "count", "probes"),
+    [("hutchinson", "outliers", 260, 96)]  # the others take fewer to see a bias of 3 %
+    + [(method, name, 150, 32) for method in METHODS for name in ("flat", "not_symmetric")]
+    + [("hutch++", "outliers", 150, 32)],
+)
+def test_unbiased_and_honest_with_fixed_probes(method, name, count, probes):
+    r = replicates(frobenius_norm_squared, name, count, method=method, probes=probes)
     check_unbiased(r.of("value"), r.of("stderr"), truth(name))
 
 

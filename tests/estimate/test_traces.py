@@ -22,7 +22,7 @@ SPECTRA = ["outliers", "indefinite", "flat", "power_law"]
 ESTIMATES = ["auto", *METHODS]
 # Where few probes do not suffice, one spectrum is enough to judge the rule by.
 CASES = [("auto", name) for name in SPECTRA]
-CASES += [(method, name) for method in METHODS for name in ("outliers", "flat")]
+CASES += [(method, "outliers") for method in METHODS] + [("hutch++", "flat"), ("xtrace", "flat")]
 
 
 def truth(name):
@@ -80,9 +80,9 @@ def test_tiny_matrices(method, size):
 
 
 @pytest.mark.parametrize("name", ["outliers", "power_law", "not_symmetric"])
-@pytest.mark.parametrize("method", METHODS)
-def test_unbiased_and_honest_with_fixed_probes(method, name):
-    r = replicates(trace, name, 150, method=method, probes=96)
+@pytest.mark.parametrize(("method", "probes"), [("hutchinson", 72), ("hutch++", 32), ("xtrace", 64)])
+def test_unbiased_and_honest_with_fixed_probes(method, probes, name):
+    r = replicates(trace, name, 150, method=method, probes=probes)
     check_unbiased(r.of("value"), r.of("stderr"), truth(name))
 
 
@@ -135,7 +135,7 @@ def test_a_trace_of_nearly_zero_ends_at_the_budget(method):
     assert E.message.startswith("rtol 0.02 not met within max_products=400: ")
     if method != "xtrace":  # whose error has few degrees of freedom
         assert E.message.endswith("the value is zero within twice its error")
-    r = replicates(trace, "traceless", 100, method=method, max_products=200)
+    r = replicates(trace, "traceless", 100, method=method, max_products=120)
     check_stderr(r.of("value"), r.of("stderr"))
     assert not r.of("converged").any()
 

@@ -21,13 +21,15 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """Mean of independent, unbiased samples, or an exact result.
+    """Mean of independent, unbiased samples (weighted, after an enlargement), or an exact result.
 
     The standard error is that of sampling; rounding is not in it.
 
     Attributes:
         value: float, or [B] float64; stderr: the same shape, 0 where exact.
-        samples: [K] or [K, B], the K independent samples whose mean is `value`; None if exact or not kept.
+        samples: [K] or [K, B], the K independent samples whose mean is `value`; None if exact or not kept. Where the
+            sample was enlarged, because it missed the tolerance, `value` is a weighted mean of them (its weights:
+            hesscope.estimate.stopping), and `stderr` that of the weighted mean.
         labels: of the B entries, where they have names; else None.
         degrees: degrees of freedom K - 1 of `stderr`; 0 if exact.
         probes: random vectors behind the value; 0 if exact.

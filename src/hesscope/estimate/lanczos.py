@@ -19,6 +19,10 @@ Progress = Callable[[int, int], None]
 
 # A direction this many roundings (times the size of the operator) long is what rounding has left of nothing.
 NOTHING = 10
+# A pass of Gram-Schmidt that leaves so much of a vector has left no more than rounding of what it took away.
+SHORTENED = 0.7
+# Entries whose squares are added up in the dtype of the vectors; sums of pieces are added in float64.
+PIECE = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +61,11 @@ def finite_products(operator: Operator, rows: Tensor) -> Tensor:
     Raises:
         DataError: a product is not finite.
     """
-    results = torch.empty_like(rows)
-    parts = (torch.split(tensor, operator.columns_per_pass) for tensor in (rows, results))
-    for given, result in zip(*parts, strict=True):
-        result.copy_((operator @ given.T).T)
-    if not bool(torch.isfinite(results).all()):
+    parts = [(operator @ given.T).T for given in torch.split(rows, operator.columns_per_pass)]
+    # Copied, since a product may be held by the operator; contiguous, since it may be a transposed matrix.
+    results = torch.cat(parts) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+    # A sum shows most of what is not finite, in one pass; it may burst where all entries are finite.
+    if not bool(results.sum().isfinite()) and not bool(results.isfinite().all()):
         raise DataError("a product of the operator is not finite: look for nan or overflow in the loss or the matrix")
     return results
 
@@ -73,18 +77,59 @@ def power_of_two(size: float) -> float:
 
 def norms(rows: Tensor) -> Array:
     """Euclidean norms [K] of rows [K, P], added up in float64."""
-    result: Array = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).cpu().numpy()
+    # Short pieces in the rows' own dtype, which is exact enough, so that nothing is converted at full length.
+    whole = rows.shape[-1] - rows.shape[-1] % PIECE
+    pieces = rows[:, :whole].reshape(len(rows), -1, PIECE)
+    squares = [torch.linalg.vector_norm(part, dim=-1).double().square() for part in (pieces, rows[:, whole:])]
+    result: Array = (squares[0].sum(1) + squares[1]).sqrt().cpu().numpy()
     return result
+
+
+class _Loss:
+    """Estimated overlaps of the next basis vectors with all before them, by Simon's recurrence."""
+
+    def __init__(self, count: int, steps: int, eps: float) -> None:
+        self._eps = eps
+        # Overlaps of the last vector and of the one before with all vectors, [count, steps].
+        self._last, self._before = np.zeros((count, steps + 1)), np.zeros((count, steps + 1))
+        self._last[:, 0] = 1.0
+
+    def grows(self, step: int, diagonals: Array, off_diagonals: Array, left: Array) -> bool:
+        """Follow the overlaps of vector step + 1, whose norm is `left`; whether they are too large for any of them."""
+        a, b = diagonals, off_diagonals
+        following = np.zeros_like(self._last)
+        k = np.arange(step)
+        if step:
+            above = b[:, k] * self._last[:, k + 1] + (a[:, k] - a[:, [step]]) * self._last[:, k]
+            below = np.where(k > 0, b[:, np.maximum(k - 1, 0)] * self._last[:, np.maximum(k - 1, 0)], 0.0)
+            total = above + below - b[:, [step - 1]] * self._before[:, k]
+            rounding = self._eps * (b[:, k] + left[:, None])
+            with np.errstate(divide="ignore", invalid="ignore"):
+                following[:, k] = (total + np.copysign(rounding, total)) / left[:, None]
+        following[:, step] = self._eps
+        following[:, step + 1] = 1.0
+        # A vector that has come to its end (norm 0) has nothing to lose.
+        following = np.where(np.isfinite(following), following, 0.0)
+        self._before, self._last = self._last, following
+        return bool(np.abs(following[:, : step + 1]).max() > self._eps**0.5)
+
+    def reset(self, step: int) -> None:
+        """The next vector has been orthogonalized."""
+        self._last[:, : step + 1] = self._eps
 
 
 def lanczos(
     operator: Operator, starts: Tensor, steps: int, progress: Callable[[int], None] | None = None
 ) -> Recurrences:
-    """Recurrences of all starting vectors at once, each orthogonalized twice against its whole basis.
+    """Recurrences of all starting vectors at once, each kept orthogonal to its whole basis as far as that matters.
 
-    Two passes of classical Gram-Schmidt keep the basis orthogonal to working precision (Giraud, Langou & Rozloznik
-    2005), so that there are no copies of converged eigenvalues; both are batched matrix products. The operator sees
-    all vectors that still go on as one block of columns.
+    Orthogonality is lost only where a Ritz value converges. Simon's recurrence (1984, "The Lanczos algorithm with
+    partial reorthogonalization") follows the loss in numbers; when it reaches the square root of the rounding unit, and
+    in the step after, vectors are orthogonalized against the whole basis, by a pass of classical Gram-Schmidt as
+    batched matrix products, and by a second one if the first has shortened a vector (Daniel, Gragg, Kaufman & Stewart
+    1976). Up to that square root the tridiagonal matrix is that of exact orthogonality to rounding (Simon's theorem
+    4), without copies of converged eigenvalues; and most of the traffic with the basis, which for millions of parameters
+    costs as much as the products, falls away. The operator sees all vectors that still go on as one block of columns.
 
     Args:
         operator: symmetric.
@@ -100,24 +145,43 @@ def lanczos(
     diagonals, off_diagonals = np.zeros((count, steps)), np.zeros((count, steps))
     lengths, going = np.zeros(count, dtype=np.int64), np.arange(count)
     largest, scale, products = np.zeros(count), 1.0, 0
-    current = starts
+    current, again = starts, False
+    loss = _Loss(count, steps, torch.finfo(starts.dtype).eps)
     for step in range(steps):
         # Vectors that have come to their end are zero, and so is everything that is computed from them.
         basis[:, step] = current
         index = torch.from_numpy(going).to(starts.device)
-        images = torch.zeros_like(current)
-        images[index] = finite_products(operator, current[index])
+        if len(going) == count:
+            images = finite_products(operator, current)
+        else:
+            images = torch.zeros_like(current)
+            images[index] = finite_products(operator, current[index])
         products += len(going)
         if step == 0:
             scale = power_of_two(float(images.abs().max()))
         images.div_(scale)
         before = norms(images)
-        known = basis[:, : step + 1]
         for _ in range(2):
-            overlaps = torch.bmm(known, images.unsqueeze(2))
-            images -= torch.bmm(overlaps.transpose(1, 2), known).squeeze(1)
-            diagonals[:, step] += overlaps[:, -1, 0].double().cpu().numpy()
+            along = (images * current).sum(1)
+            images.addcmul_(current, along.unsqueeze(1), value=-1)
+            diagonals[:, step] += along.double().cpu().numpy()
+            if step:
+                # The second time the overlap itself: what the first has left of it by rounding.
+                last = basis[:, step - 1]
+                beside = (images * last).sum(1)
+                images.addcmul_(last, beside.unsqueeze(1), value=-1)
         left = norms(images)
+        if loss.grows(step, diagonals, off_diagonals, left) or again:
+            again = not again
+            known = basis[:, : step + 1]
+            for _ in range(2):
+                overlaps = torch.bmm(known, images.unsqueeze(2))
+                images -= torch.bmm(overlaps.transpose(1, 2), known).squeeze(1)
+                diagonals[:, step] += overlaps[:, -1, 0].double().cpu().numpy()
+                whole, left = left, norms(images)
+                if bool((left >= SHORTENED * whole).all()):
+                    break
+            loss.reset(step)
         largest = np.maximum(largest, before)
         lengths[going] = step + 1
         goes_on = left > NOTHING * torch.finfo(starts.dtype).eps * largest
