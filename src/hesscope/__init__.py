@@ -13,21 +13,18 @@ if TYPE_CHECKING:
     from hesscope.core.vectors import ParameterSpace
     from hesscope.estimate.block_energies import block_energies
     from hesscope.estimate.block_traces import block_traces
+    from hesscope.estimate.density import SpectralDensity
     from hesscope.estimate.diagonal import diagonal
     from hesscope.estimate.eigenpairs import Eigenpairs, top_eigenpairs
     from hesscope.estimate.energies import BlockEnergies, SplitEnergies
     from hesscope.estimate.estimate import Estimate
     from hesscope.estimate.exponent import ExponentFit, fit_exponent
     from hesscope.estimate.frobenius import frobenius_norm_squared
+    from hesscope.estimate.outliers import Outliers
     from hesscope.estimate.semi_empirical import SemiEmpiricalLaw, semi_empirical_law
-    from hesscope.estimate.spectral_density import (
-        Outliers,
-        SpectralDensity,
-        from_symlog,
-        jensen_shannon_distance,
-        spectral_density,
-        to_symlog,
-    )
+    from hesscope.estimate.spectral_density import spectral_density
+    from hesscope.estimate.spectrum_distance import jensen_shannon_distance
+    from hesscope.estimate.symlog import from_symlog, to_symlog
     from hesscope.estimate.trace import trace
     from hesscope.objective import Objective
     from hesscope.operators import EmpiricalFisher, GaussNewton, Hessian, as_operator
@@ -62,12 +59,12 @@ _HOME: dict[str, str | None] = {
     "block_traces": "hesscope.estimate.block_traces",
     "Eigenpairs": "hesscope.estimate.eigenpairs",
     "top_eigenpairs": "hesscope.estimate.eigenpairs",
-    "SpectralDensity": "hesscope.estimate.spectral_density",
+    "SpectralDensity": "hesscope.estimate.density",
     "spectral_density": "hesscope.estimate.spectral_density",
-    "Outliers": "hesscope.estimate.spectral_density",
-    "jensen_shannon_distance": "hesscope.estimate.spectral_density",
-    "to_symlog": "hesscope.estimate.spectral_density",
-    "from_symlog": "hesscope.estimate.spectral_density",
+    "Outliers": "hesscope.estimate.outliers",
+    "jensen_shannon_distance": "hesscope.estimate.spectrum_distance",
+    "to_symlog": "hesscope.estimate.symlog",
+    "from_symlog": "hesscope.estimate.symlog",
     "data": None,
     "models": None,
     "theory": None,

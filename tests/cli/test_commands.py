@@ -47,7 +47,6 @@ BAD = [
     ({"loss": "crossentropy"}, "did you mean 'cross_entropy'?"),
     ({"loss": "mse"}, "class labels must be one-hot encoded"),
     ({"loss": f"{HERE}:Weighted"}, "the loss module Weighted is not known"),
-    ({"model": f"{HERE}:half_network", "data": f"{HERE}:half_points"}, "studies need float32 or float64"),
     ({"model": f"{HERE}:infinite_curvature"}, "the Hessian is not finite on batch 0"),
     ({"model": f"{HERE}:leave"}, "failed: SystemExit: 3"),
     ({"output": ""}, "output = ''"),

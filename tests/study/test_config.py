@@ -1,7 +1,7 @@
 import pytest
 
 from hesscope.core.errors import InputError
-from hesscope.study.config import EXAMPLE, StudyConfig, read_config
+from hesscope.study.config import EXAMPLE, SpectrumConfig, StudyConfig, read_config
 
 MINIMAL = 'model = "a:b"\ndata = "c:d"\noutput = "out"\n'
 
@@ -15,8 +15,8 @@ def write(tmp_path, text):
 def test_the_example_is_valid_and_mentions_every_key(tmp_path):
     config = read_config(write(tmp_path, EXAMPLE))
     assert config.partition == "row"
-    for key in StudyConfig.model_fields:
-        assert f"{key} =" in EXAMPLE
+    for key in [*StudyConfig.model_fields, *SpectrumConfig.model_fields]:
+        assert f"{key} =" in EXAMPLE or f"[{key}]" in EXAMPLE
 
 
 def test_defaults(tmp_path):

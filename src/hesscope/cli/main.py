@@ -115,6 +115,41 @@ def analyze(
 
 
 @app.command()
+def spectrum(
+    study: Annotated[Path | None, typer.Argument(metavar="STUDY.toml", help="What to measure.")] = None,
+    example: Annotated[bool, typer.Option("--example", help="Print a commented STUDY.toml and stop.")] = False,
+) -> None:
+    """Measure the eigenvalues, trace and norm of your own network's Hessian, as a STUDY.toml describes it."""
+    if example:
+        from hesscope.study.config import EXAMPLE
+
+        print(EXAMPLE, end="")
+        return
+    if study is None:
+        raise InputError("spectrum needs a STUDY.toml (hesscope spectrum --example prints one to start from)")
+    from hesscope.study.config import read_config
+    from hesscope.study.spectrum import RESULT, describe_spectrum, prepare_spectrum, run_spectrum
+
+    prepared = prepare_spectrum(read_config(study), study.parent)
+    _require_folder(prepared.folder)
+    for what, how_much in describe_spectrum(prepared):
+        print(f"{what + ':':<11}{how_much}", flush=True)
+    with progress_bar() as report:
+        found = run_spectrum(prepared, report)
+    _say_found(found)
+    from hesscope.report.spectrum_page import block_table, spectrum_headline, spectrum_table, write_spectrum_page
+
+    result = prepared.store.require(RESULT)
+    print(spectrum_headline(result))
+    for table in (spectrum_table(result), block_table(result)):
+        print()
+        _print_table(table)
+    print()
+    page = write_spectrum_page(prepared.folder, result, _command())
+    print(f"page: {page.resolve()}")
+
+
+@app.command()
 def theory(
     classes: Annotated[str, typer.Option(help="Numbers of classes C, separated by commas.")] = "10,100,1000,10000",
     gamma: Annotated[str, typer.Option(help="Inputs per sample d/N, separated by commas.")] = "0.5",

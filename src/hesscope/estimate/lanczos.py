@@ -128,8 +128,8 @@ def lanczos(
     in the step after, vectors are orthogonalized against the whole basis, by a pass of classical Gram-Schmidt as
     batched matrix products, and by a second one if the first has shortened a vector (Daniel, Gragg, Kaufman & Stewart
     1976). Up to that square root the tridiagonal matrix is that of exact orthogonality to rounding (Simon's theorem
-    4), without copies of converged eigenvalues; and most of the traffic with the basis, which for millions of parameters
-    costs as much as the products, falls away. The operator sees all vectors that still go on as one block of columns.
+    4), without copies of converged eigenvalues; and most of the traffic with the basis, which for millions of
+    parameters costs as much as the products, falls away. The operator sees all vectors that still go on as one block.
 
     Args:
         operator: symmetric.

@@ -78,7 +78,7 @@ class Objective:
         self._watch = ForwardWatch(self.parameters.dtype)
         self._data = as_batches(data)
         self._inspection = self._inspect()
-        self._independent: bool | None = None  # whether batches can be cut, found when it is needed
+        self._independent: dict[int, bool] = {}  # whether batches can be cut into so many pieces, found when needed
 
     @property
     def num_terms(self) -> float:
@@ -125,7 +125,7 @@ class Objective:
         """
         space = self.parameters.subspace(names)
         view = copy.copy(self)
-        view.parameters = space
+        view.parameters, view._independent = space, {}
         view._inspection = replace(self._inspection, unused=tuple(n for n in self.unused if n in space.names))
         return view
 
@@ -180,30 +180,37 @@ class Objective:
     def pieces(self, theta: Tensor, batch: Any, index: int, count: int) -> list[Any]:
         """The batch cut into at most `count` batches whose losses add up to its own; itself if that is not so.
 
-        Whether samples are independent of each other is tested on the first batch that is to be cut: outputs and a
-        random combination of their gradients must be those of the whole.
+        Whether samples are independent of each other is tested on the first batch that is to be cut into so many: the
+        loss, the outputs and a random combination of their gradients must be those of the whole.
         """
         if isinstance(self.loss, BatchLoss):
             return [batch]
-        if self._independent is None:
-            self._independent = self._samples_independent(theta, batch, index)
-        return cut(batch, count) if self._independent else [batch]
+        if count not in self._independent:
+            self._independent[count] = self._samples_independent(theta, batch, index, count)
+        return cut(batch, count) if self._independent[count] else [batch]
 
-    def _samples_independent(self, theta: Tensor, batch: Any, index: int) -> bool:
-        outputs, _ = self.outputs_and_targets(theta, batch, index)
+    def _samples_independent(self, theta: Tensor, batch: Any, index: int, count: int) -> bool:
+        assert isinstance(self.loss, OutputLoss)
+        outputs, targets = self.outputs_and_targets(theta, batch, index)
         cotangent = normal(tuple(outputs.shape), stream(0, "independent samples")).to(outputs)
         if not outputs.requires_grad:
             return False
+        loss_sum = self.loss.evaluate(outputs.detach(), targets).sum
         whole = torch.autograd.grad(outputs, theta, cotangent)[0]
         outputs, done, total = outputs.detach(), 0, torch.zeros_like(theta)
-        for piece in cut(batch, 2):
-            part, _ = self.outputs_and_targets(theta, piece, index)
+        for piece in cut(batch, count):
+            try:
+                part, wanted = self.outputs_and_targets(theta, piece, index)
+                loss_sum = loss_sum - self.loss.evaluate(part.detach(), wanted).sum
+            except Exception:  # the pieces are no batches of this model, whatever it is that they lack
+                return False
             here = slice(done, done + len(part)) if part.ndim else slice(0)
             if not _agree(part.detach(), outputs[here]):
                 return False
             total += torch.autograd.grad(part, theta, cotangent[here])[0]
             done += len(part)
-        return done == len(outputs) and _agree(total, whole)
+        scale = self.loss.evaluate(outputs, targets).sum
+        return done == len(outputs) and _agree(total, whole) and _agree(scale - loss_sum, scale)
 
     def _current_parameters(self) -> Tensor:
         own = dict(self.model.named_parameters())

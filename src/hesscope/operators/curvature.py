@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import torch
@@ -63,8 +64,9 @@ class _Curvature(Operator):
         require_choice("engine", engine, ("auto", *ENGINES))
         if compile and engine not in ("auto", "linearize"):
             raise InputError(f"compile=True needs engine 'linearize' or 'auto', PyTorch cannot compile {engine!r}")
-        if memory is not None and (isinstance(memory, bool) or not memory >= 0):
-            raise InputError(f"memory must be a number of bytes, at least 0, got {memory!r}")
+        if not isinstance(compile, bool):
+            raise InputError(f"compile must be True or False, got {compile!r}")
+        _require_bytes(memory)
         self.objective = objective
         self.shape = (objective.parameters.size, objective.parameters.size)
         self.dtype = objective.parameters.dtype
@@ -185,14 +187,15 @@ class _Curvature(Operator):
             return V.clone()
         with explained(self.name, self._held):
             self._kept.renew(objective.state())
-            rows = V.T.clone() if V.is_inference() else V.T
+            # Recorded operations may look at how their input lies in memory.
+            rows = V.T.clone(memory_format=torch.contiguous_format) if V.is_inference() else V.T.contiguous()
             if len(self._kept.maps) == objective.num_batches:
                 with objective.undisturbed():  # neither the data is read nor the model run
                     total = self._added(self._kept.items(), rows)
             else:
                 with objective.evaluating() as (theta, batches):
                     total = self._added(self._maps(theta, batches), rows)
-            return total.div_(objective.num_terms).T
+            return total.T
 
     def _added(self, maps: Iterator[tuple[int, LinearMap]], rows: Tensor) -> Tensor:
         """Sum over batches of the products with all rows [K, P]."""
@@ -202,7 +205,8 @@ class _Curvature(Operator):
             step = self._vectorized_columns if vectorized else rows.shape[0]
             parts = [linear.multiply(chunk, vectorized) for chunk in torch.split(rows, step)]
             product = parts[0] if len(parts) == 1 else torch.cat(parts)
-            total = product if total is None else total.add_(product)
+            # A single product may be a view, or share memory with others: nothing is added to it in place.
+            total = product if total is None else total + product
             # One pass over a sum; entry by entry only if that is not finite.
             if not bool(total.sum().isfinite()) and bool(rows.isfinite().all()) and not bool(total.isfinite().all()):
                 raise DataError(f"{self.name} is not finite on batch {index}")
@@ -339,6 +343,12 @@ class _Curvature(Operator):
         return f"{kept}; pass a smaller memory= (bytes to be held, 0 for none), or smaller batches"
 
 
+def _require_bytes(memory: object) -> None:
+    number = isinstance(memory, Real) and not isinstance(memory, bool) and 0 <= float(memory) < math.inf
+    if memory is not None and not number:
+        raise InputError(f"memory must be a number of bytes, at least 0, got {memory!r}")
+
+
 class Hessian(_Curvature):
     """Hessian of an Objective: [P, P].
 
@@ -361,7 +371,9 @@ class Hessian(_Curvature):
     kind = "hessian"
 
     def _on(self, batch: object, index: int) -> Curve:
-        return Curve(lambda theta: self.objective.evaluate(theta, batch, index).sum, self.name)
+        # Divided here, a number, and not in the product, a vector.
+        terms = self.objective.num_terms
+        return Curve(lambda theta: self.objective.evaluate(theta, batch, index).sum / terms, self.name)
 
 
 class _OutputCurvature(_Curvature):
@@ -381,7 +393,11 @@ class _OutputCurvature(_Curvature):
             targets[:] = [wanted]
             return found
 
-        return Sandwich(outputs, lambda found: self._middle(found, targets[0]), self.name)
+        def middle(found: Tensor) -> Multiply:
+            multiply = self._middle(found, targets[0])
+            return lambda pushed, vectorized: multiply(pushed, vectorized) / self.objective.num_terms
+
+        return Sandwich(outputs, middle, self.name)
 
     @abstractmethod
     def _middle(self, outputs: Tensor, targets: Tensor) -> Multiply:

@@ -84,7 +84,8 @@ def build(engine: str, matrix: Curve | Sandwich, theta: Tensor, example: Tensor)
     load_forward_mode()
     product = _dual_curve(matrix, theta) if isinstance(matrix, Curve) else _dual_sandwich(matrix, theta)
     if engine == "linearize":
-        return _replayed(record(product, example))
+        recorded = record(product, example)
+        return None if recorded is None else _replayed(recorded)
     return LinearMap(lambda rows, vectorized: stacked([product(row) for row in rows]), {})
 
 
@@ -140,7 +141,10 @@ def _dual_curve(matrix: Curve, theta: Tensor) -> Callable[[Tensor], Tensor]:
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(theta, v)  # type: ignore[no-untyped-call]
             # create_graph: the backward of some operations (SiLU) has forward mode only in its differentiable form.
-            (gradient,) = torch.autograd.grad(matrix.function(dual), dual, create_graph=True)
+            value = matrix.function(dual)
+            if not value.requires_grad:
+                return torch.zeros_like(v)
+            (gradient,) = torch.autograd.grad(value, dual, create_graph=True)
             tangent = forward_ad.unpack_dual(gradient).tangent  # type: ignore[no-untyped-call]
             return torch.zeros_like(v) if tangent is None else tangent.detach()
 
@@ -172,7 +176,7 @@ def _dual_sandwich(matrix: Sandwich, theta: Tensor) -> Callable[[Tensor], Tensor
             dual = forward_ad.make_dual(theta, v)  # type: ignore[no-untyped-call]
             outputs, pushed = forward_ad.unpack_dual(matrix.outputs(dual))  # type: ignore[no-untyped-call]
         # Tangents end with the level: the way back is that of plain numbers.
-        if pushed is None:
+        if pushed is None or not outputs.requires_grad:
             return torch.zeros_like(v)
         curved = matrix.middle(outputs.detach())(pushed.detach().unsqueeze(0), False)[0]
         return torch.autograd.grad(outputs, theta, curved)[0]

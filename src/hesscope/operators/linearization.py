@@ -52,8 +52,8 @@ class Linearization:
         return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
-def record(linear: Callable[[Tensor], Tensor], v: Tensor) -> Linearization:
-    """The linear map as a program.
+def record(linear: Callable[[Tensor], Tensor], v: Tensor) -> Linearization | None:
+    """The linear map as a program; None if it is zero.
 
     Args:
         linear: the map, [P] -> [P]; that it depends on its argument linearly is not checked.
@@ -69,6 +69,8 @@ def record(linear: Callable[[Tensor], Tensor], v: Tensor) -> Linearization:
         result = linear(v)
     recorder.tape.result = recorder.value(result)
     if recorder.tape.result.operation is None:
+        if bool((result == 0).all()):
+            return None
         raise RuntimeError("the result does not depend on the vector")
     recorder.tape.drop_unused()
     fuse(recorder.tape)

@@ -113,6 +113,8 @@ class Operator(ABC):
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Operator:
+        if _number(divisor) == 0:
+            raise InputError("an operator cannot be divided by zero")
         return self * (1.0 / _number(divisor))
 
     def __neg__(self) -> Operator:
@@ -206,22 +208,22 @@ def as_positions(block: Any, size: int) -> Tensor:
     """
     try:
         if isinstance(block, slice):
-            positions = torch.arange(size)[block]
+            positions = torch.arange(size)[torch.arange(size).numpy()[block]]
         else:
             entries = torch.as_tensor(list(block) if isinstance(block, range) else block)
             if entries.dtype == torch.bool and entries.shape == (size,):
                 entries = entries.nonzero().squeeze(1)
             positions = entries.cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"block must be positions in the parameter vector, got {type(block).__name__}") from error
+        raise InputError(f"block must be positions in the parameter vector, got {repr(block)[:60]}") from error
+    if positions.numel() == 0:
+        raise InputError("block is empty: choose at least one parameter")
     if positions.ndim != 1 or positions.is_floating_point() or positions.dtype == torch.bool:
         raise InputError(
             f"block must be a list of whole numbers or a mask of {size} entries, got {positions.dtype} of shape "
             f"{list(positions.shape)}"
         )
     positions = positions.long()
-    if positions.numel() == 0:
-        raise InputError("block is empty: choose at least one parameter")
     if int(positions.min()) < 0 or int(positions.max()) >= size:
         raise InputError(f"block has positions outside [0, {size})")
     if len(set(positions.tolist())) != positions.numel():

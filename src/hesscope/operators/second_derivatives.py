@@ -44,9 +44,10 @@ def explained(what: str, held: Callable[[], str] = str) -> Iterator[None]:
             raise _no_second_derivative(what, found.group(1)) from error
         found = NO_FORWARD_MODE.search(text)
         if found is not None:
+            operation = found.group(1) or "a custom function"
             raise NoSecondDerivativeError(
-                f"{what} by this engine needs forward-mode derivatives, which {found.group(1) or 'a custom function'} has "
-                "not; use engine='double_backward' (or 'auto')"
+                f"{what} by this engine needs forward-mode derivatives, which {operation} has not; "
+                "use engine='double_backward' (or 'auto')"
             ) from error
         raise ModelError(f"{what} failed: {type(error).__name__}: {text}") from error
 

@@ -57,8 +57,9 @@ steps = 60
 # The same for every block.
 block_probes = 4
 block_steps = 30
-# Relative standard error of trace, norm and traces of blocks; they end at this many products each.
+# Relative standard error of trace, norm and traces of blocks.
 rtol = 0.02
+# Each of these, and either end of the spectrum, stops at this many products, done or not.
 # max_products = 1000
 """
 
