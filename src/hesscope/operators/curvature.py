@@ -344,7 +344,7 @@ class _Curvature(Operator):
 
 
 def _require_bytes(memory: object) -> None:
-    number = isinstance(memory, Real) and not isinstance(memory, bool) and 0 <= float(memory) < math.inf
+    number = isinstance(memory, Real) and type(memory) is not bool and 0 <= float(memory) < math.inf
     if memory is not None and not number:
         raise InputError(f"memory must be a number of bytes, at least 0, got {memory!r}")
 
