@@ -343,10 +343,10 @@ class _Curvature(Operator):
         return f"{kept}; pass a smaller memory= (bytes to be held, 0 for none), or smaller batches"
 
 
-def _require_bytes(memory: object) -> None:
-    number = isinstance(memory, Real) and type(memory) is not bool and 0 <= float(memory) < math.inf
-    if memory is not None and not number:
-        raise InputError(f"memory must be a number of bytes, at least 0, got {memory!r}")
+def _require_bytes(memory: Any) -> None:
+    if memory is None or (isinstance(memory, Real) and memory is not True and 0 <= float(memory) < math.inf):
+        return
+    raise InputError(f"memory must be a number of bytes, at least 0, got {memory!r}")
 
 
 class Hessian(_Curvature):
