@@ -25,6 +25,10 @@ bench: .venv/.installed-bench
 	$(BIN)/python -m benchmarks
 endif
 
+# Other libraries that we test and time against, without what they ask for: a torchvision, which replaces or breaks the
+# torch that is here, and which nothing of theirs that we call needs.
+PEERS := curvlinops-for-pytorch backpack-for-pytorch unfoldNd linear_operator einconv einops opt_einsum tqdm
+
 # torch comes first, so that no other package can pull in a different build of it.
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,12 +38,11 @@ endif
 
 .venv/.installed-test: .venv/.installed
 	$(PIP) -e '.[test]'
+	$(PIP) --no-deps $(PEERS)
 	touch $@
 
-# PyHessian asks for a torchvision that it does not need.
 .venv/.installed-bench: .venv/.installed-test
-	$(PIP) -e '.[bench]'
-	$(PIP) --no-deps pyhessian
+	$(PIP) --no-deps hessian-eigenthings pyhessian
 	touch $@
 
 clean:

@@ -130,6 +130,9 @@ def _classification(module: nn.Module, outputs: Tensor, targets: Tensor) -> SumA
                 "[N, T, C] or [N, C, T]; flatten them to [N * T, C] and [N * T], or pass a loss callable"
             )
         outputs = outputs.transpose(1, 2)
+    if isinstance(module.weight, Tensor) and module.weight.dtype != outputs.dtype:
+        module = copy.copy(module)  # measured in another precision than the weights were given in
+        module.__dict__["_buffers"] = {**module._buffers, "weight": module.weight.to(outputs.dtype)}
     class_axis = 1 if outputs.ndim > 1 else 0
     classes = outputs.shape[class_axis]
     if targets.is_floating_point():

@@ -27,7 +27,7 @@ from hesscope.operators.closed_form.strips import cut_matrix
 from hesscope.operators.engines import ENGINES, Curve, LinearMap, Multiply, Sandwich, build
 from hesscope.operators.kept import Kept
 from hesscope.operators.operator import STRIP_MEMORY, MatrixStrip, Operator, Restricted, as_positions
-from hesscope.operators.second_derivatives import explained, pull_back, vectorizes
+from hesscope.operators.second_derivatives import explained, pull_back, require_symmetric, vectorizes
 
 # Memory that one vectorized pass should take; beyond it columns are done in several passes. On a CPU the passes that
 # stay near the caches are the fast ones (a one-hidden-layer network on the digits: 16 columns take 0.8 s for the dense
@@ -45,7 +45,7 @@ GRAPHS_HELD = 2.5
 # Samples are cut into at least so many pieces where a batch is not kept, and where nothing may be kept at all: a fresh
 # graph of the gradient takes 2.2 to 2.3 times the memory of a gradient, that of half the samples less than twice in
 # convolutional networks, and of a quarter in transformers with a large vocabulary.
-PIECES, MOST_PIECES = 2, 4
+PIECES, FOR_LITTLE, MOST_PIECES = 2, 4, 32
 
 # What is not likely to be chosen is timed on so small a part of a batch.
 SAMPLED = 4
@@ -77,6 +77,7 @@ class _Curvature(Operator):
         self._streaming: Choice | None = None  # of those that are not
         self._kept = Kept()
         self._vectorized: dict[int, bool] = {}
+        self._exceptions: dict[int, str] = {}  # batches that the chosen engine could not do, and why
 
     @property
     def engine(self) -> str:  # type: ignore[override]
@@ -225,6 +226,8 @@ class _Curvature(Operator):
         if settled is not None:
             lines[0] += f" ({settled.reason})"
             lines += [f"  {candidate}" for candidate in settled.candidates]
+        for index, why in self._exceptions.items():
+            lines.append(f"  batch {index}: double_backward, since {why}")
         count, number = len(self._kept.maps), self.objective.num_batches
         kept = f"{count} of {number} batches kept between products"
         lines.append(f"  memory: {kept}, {human_bytes(self._kept.bytes)} of at most {human_bytes(self._budget)}")
@@ -279,12 +282,16 @@ class _Curvature(Operator):
         if self._choice is not None:
             try:
                 return self._choice.build(matrix, theta, self._pair[0])
-            except HesscopeError:
+            except (HesscopeError, MemoryError, torch.OutOfMemoryError):
                 raise
-            except Exception:  # another operation than in the first batch, without forward mode
+            except Exception as error:  # another operation than in the first batch, without forward mode
                 if self._asked != "auto" or self._compile:
                     raise
-                return build("double_backward", matrix, theta, self._pair[0])
+                linear = build("double_backward", matrix, theta, self._pair[0])
+                if linear is not None:
+                    require_symmetric(self._pair, linear.multiply(self._pair, False), self.name)
+                self._exceptions[index] = " ".join(str(error).split())[:120]
+                return linear
         part = cut(batch, SAMPLED)[0]
         share = 1.0 if part is batch else 1 / SAMPLED
         settled = settle(
@@ -304,7 +311,9 @@ class _Curvature(Operator):
     def _pieces(self, theta: Tensor, batch: object, index: int) -> Iterator[tuple[int, LinearMap]]:
         """A batch that cannot be kept, a part of its samples at a time."""
         held = GRAPHS_HELD * self.objective.graph_bytes
-        count = max(PIECES, math.ceil(held / self._budget)) if self._budget else MOST_PIECES
+        count = min(max(PIECES, math.ceil(held / self._budget)), MOST_PIECES) if self._budget else FOR_LITTLE
+        if self._asked == "forward_over_reverse" and held <= self._budget:
+            count = 1  # this engine never keeps anything, however much memory there is
         for piece in self.objective.pieces(theta, batch, index, count):
             matrix, linear = self._on(piece, index), None
             if self._streaming is not None:

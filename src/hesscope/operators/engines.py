@@ -145,6 +145,7 @@ def _dual_curve(matrix: Curve, theta: Tensor) -> Callable[[Tensor], Tensor]:
             if not value.requires_grad:
                 return torch.zeros_like(v)
             (gradient,) = torch.autograd.grad(value, dual, create_graph=True)
+            require_twice_differentiable(value, gradient, matrix.what)
             tangent = forward_ad.unpack_dual(gradient).tangent  # type: ignore[no-untyped-call]
             return torch.zeros_like(v) if tangent is None else tangent.detach()
 

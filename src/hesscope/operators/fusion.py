@@ -36,16 +36,34 @@ FUNCTIONAL |= {
     aten.addcmul.default: FUNCTIONAL[aten.addcmul_.default],
     aten.addmm.default: FUNCTIONAL[aten.addmm_.default],
 }
+# Views whose schema does not say so.
+UNANNOUNCED = {aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default}
 COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
 
 
 def fuse(tape: Tape) -> None:
-    """Rewrite the program in fewer passes."""
+    """Rewrite the program in fewer passes.
+
+    Where the program itself writes to memory, the order of reading and writing counts: such values, and what reads
+    them, are left as they are.
+    """
+    written = _written_memory(tape)
     for rewrite in (_drop_copy, _drop_zeros, _fuse_sum, _write_in_place):
         for value in list(tape.values):
-            if value.users or value is tape.result:
+            near = [value, *value.sources, *(source for each in value.sources for source in each.sources)]
+            if (value.users or value is tape.result) and not any(id(each) in written for each in near):
                 rewrite(tape, value)
         tape.drop_unused()
+
+
+def _written_memory(tape: Tape) -> set[int]:
+    """Identities of the values that share memory with one that the program writes to."""
+    owner: dict[int, int] = {}
+    for value in tape.values:
+        first = next(value.sources, None) if value.is_view or value.operation in UNANNOUNCED else None
+        owner[id(value)] = id(value) if first is None else owner.get(id(first), id(first))
+    written = {owner[id(value)] for value in tape.values if value.writes}
+    return written | {id(value) for value in tape.values if owner[id(value)] in written}
 
 
 def _drop_copy(tape: Tape, value: Value) -> None:
@@ -113,6 +131,8 @@ def _owns(value: Value) -> bool:
     """Whether the value's tensor is new: neither the input, a constant nor a view."""
     if value.operation is operator.getitem:
         return _owns(value.args[0])
+    if value.operation in UNANNOUNCED:
+        return False
     # What we wrote in place, was written to a tensor that was its own.
     return value.operation is not None and (not value.is_view or value.operation in IN_PLACE.values())
 

@@ -89,6 +89,26 @@ class Tape:
         """The constants that are used, by identity."""
         return {id(source): source for value in self.values for source in value.sources if source.constant is not None}
 
+    def with_constants(self, changed: Callable[[Tensor], Tensor]) -> Tape:
+        """The same program with `changed` of every constant in its place."""
+        other = Tape()
+        other.input.kind = self.input.kind
+        copies: dict[int, Value] = {id(self.input): other.input}
+
+        def copied(argument: Any) -> Any:
+            if isinstance(argument, (list, tuple)):
+                return [copied(each) for each in argument]
+            if isinstance(argument, Value) and argument.constant is not None and id(argument) not in copies:
+                copies[id(argument)] = Value(argument.kind, constant=changed(argument.constant))
+            return copies[id(argument)] if isinstance(argument, Value) else argument
+
+        for value in self.values:
+            kwargs = {name: copied(argument) for name, argument in value.kwargs.items()}
+            assert value.operation is not None
+            copies[id(value)] = other.add(value.kind, value.operation, tuple(map(copied, value.args)), kwargs)
+        other.result = copies[id(self.result)]
+        return other
+
     def precedes(self, value: Value, other: Value) -> bool:
         """Whether `value` is known where `other` is made."""
         return value.operation is None or self.values.index(value) < self.values.index(other)
