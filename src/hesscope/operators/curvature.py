@@ -57,6 +57,7 @@ class _Curvature(Operator):
     name: str
     kind: str
     symmetric = True
+    has_formula = True  # whether closed_form knows the matrix for fully connected networks
 
     def __init__(
         self, objective: Objective, engine: str = "auto", compile: bool = False, memory: int | None = None
@@ -92,7 +93,7 @@ class _Curvature(Operator):
 
     @cached_property
     def _network(self) -> Network | None:
-        return recognize(self.objective)
+        return recognize(self.objective) if self.has_formula else None
 
     @property
     def layout(self) -> Hashable | None:
@@ -443,6 +444,7 @@ class EmpiricalFisher(_OutputCurvature):
 
     name = "the empirical Fisher matrix"
     kind = "empirical Fisher"
+    has_formula = False
 
     def _middle(self, outputs: Tensor, targets: Tensor) -> Multiply:
         _, gradient = output_gradient(self._loss, outputs, targets)
