@@ -26,8 +26,8 @@ from tests.operators import zoo
 
 SIDE = 4
 CONSTANTS = [randn(SIDE, SIDE, seed=seed) for seed in (1, 2, 3)]
-FREE = range(60)  # programs that only make new tensors
-WRITING = range(100, 160)  # programs that also write to their own
+FREE = range(40)  # programs that only make new tensors
+WRITING = range(100, 140)  # programs that also write to their own
 ROUNDING = 1e-12
 
 

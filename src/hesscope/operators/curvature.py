@@ -197,7 +197,7 @@ class _Curvature(Operator):
             else:
                 with objective.evaluating() as (theta, batches):
                     total = self._added(self._maps(theta, batches), rows)
-            return total.T
+            return total.T.clone() if 0 in total.stride() else total.T  # zeros may come as one zero
 
     def _added(self, maps: Iterator[tuple[int, LinearMap]], rows: Tensor) -> Tensor:
         """Sum over batches of the products with all rows [K, P]."""
@@ -403,9 +403,11 @@ class _OutputCurvature(_Curvature):
             targets[:] = [wanted]
             return found
 
+        terms = self.objective.num_terms  # what is kept must not refer to self, which keeps it
+
         def middle(found: Tensor) -> Multiply:
             multiply = self._middle(found, targets[0])
-            return lambda pushed, vectorized: multiply(pushed, vectorized) / self.objective.num_terms
+            return lambda pushed, vectorized: multiply(pushed, vectorized) / terms
 
         return Sandwich(outputs, middle, self.name)
 

@@ -124,17 +124,16 @@ def _write_in_place(tape: Tape, value: Value) -> None:
         if _alike(temporary, value) and len(temporary.users) == 1 and _owns(temporary) and temporary is not tape.result:
             others = [argument for index, argument in enumerate(value.args) if index != place]
             tape.change(value, IN_PLACE[value.operation], (temporary, *others), value.kwargs)
+            value.in_place = True
             return
 
 
 def _owns(value: Value) -> bool:
     """Whether the value's tensor is new: neither the input, a constant nor a view."""
     if value.operation is operator.getitem:
-        return _owns(value.args[0])
-    if value.operation in UNANNOUNCED:
-        return False
+        return value.args[0].operation not in UNANNOUNCED and _owns(value.args[0])
     # What we wrote in place, was written to a tensor that was its own.
-    return value.operation is not None and (not value.is_view or value.operation in IN_PLACE.values())
+    return value.operation is not None and (not value.is_view or value.in_place)
 
 
 def _is_written(value: Value) -> bool:

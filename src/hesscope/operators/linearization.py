@@ -74,7 +74,7 @@ def record(linear: Callable[[Tensor], Tensor], v: Tensor) -> Linearization | Non
         raise RuntimeError("the result does not depend on the vector")
     recorder.tape.drop_unused()
     fuse(recorder.tape)
-    found = Linearization(recorder.tape, recorder.tape.program())
+    found = _finished(recorder.tape)
     with torch.no_grad():
         # Of another vector: what was frozen at v would go unnoticed there. What is not finite is told by the product.
         if bool(result.isfinite().all()) and not agree(found.replay(-v), -result):
@@ -91,7 +91,11 @@ def channels_last(found: Linearization) -> Linearization | None:
         is_image = constant.ndim == IMAGE_AXES and constant.is_contiguous()
         return constant.contiguous(memory_format=torch.channels_last) if is_image else constant
 
-    tape = found.tape.with_constants(last)
+    return _finished(found.tape.with_constants(last))
+
+
+def _finished(tape: Tape) -> Linearization:
+    tape.forget_users()
     return Linearization(tape, tape.program())
 
 

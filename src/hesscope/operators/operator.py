@@ -208,7 +208,7 @@ def as_positions(block: Any, size: int) -> Tensor:
     """
     try:
         if isinstance(block, slice):
-            positions = torch.arange(size)[torch.arange(size).numpy()[block]]
+            positions = torch.tensor(list(range(size))[block], dtype=torch.long)
         else:
             entries = torch.as_tensor(list(block) if isinstance(block, range) else block)
             if entries.dtype == torch.bool and entries.shape == (size,):

@@ -30,6 +30,7 @@ class Value:
             tensors.
         constant: its tensor, if it is one.
         users: the values made from it, each as often as it takes it.
+        in_place: whether it has been rewritten to write to a temporary of its own.
     """
 
     kind: Kind | None
@@ -38,6 +39,7 @@ class Value:
     kwargs: dict[str, Any] = field(default_factory=dict)
     constant: Tensor | None = None
     users: list[Value] = field(default_factory=list)
+    in_place: bool = False
 
     @property
     def sources(self) -> Iterator[Value]:
@@ -64,6 +66,13 @@ def values_in(arguments: Any) -> Iterator[Value]:
     elif isinstance(arguments, (tuple, list)):
         for argument in arguments:
             yield from values_in(argument)
+
+
+def _exchanged(argument: Any, value: Value, other: Value) -> Any:
+    """The nested argument with `other` in place of `value`."""
+    if isinstance(argument, (list, tuple)):
+        return [_exchanged(each, value, other) for each in argument]
+    return other if argument is value else argument
 
 
 class Tape:
@@ -97,7 +106,7 @@ class Tape:
 
         def copied(argument: Any) -> Any:
             if isinstance(argument, (list, tuple)):
-                return [copied(each) for each in argument]
+                return [copied(each) for each in argument]  # noqa: F821 (it is deleted at the end)
             if isinstance(argument, Value) and argument.constant is not None and id(argument) not in copies:
                 copies[id(argument)] = Value(argument.kind, constant=changed(argument.constant))
             return copies[id(argument)] if isinstance(argument, Value) else argument
@@ -107,6 +116,7 @@ class Tape:
             assert value.operation is not None
             copies[id(value)] = other.add(value.kind, value.operation, tuple(map(copied, value.args)), kwargs)
         other.result = copies[id(self.result)]
+        del copied  # a cycle: it refers to itself, and to all constants
         return other
 
     def precedes(self, value: Value, other: Value) -> bool:
@@ -125,15 +135,9 @@ class Tape:
 
     def substitute(self, value: Value, other: Value) -> None:
         """Let everybody who takes `value` take `other`; `value` is of no use any more."""
-
-        def exchanged(argument: Any) -> Any:
-            if isinstance(argument, (list, tuple)):
-                return [exchanged(each) for each in argument]
-            return other if argument is value else argument
-
         for user in dict.fromkeys(value.users):
-            kwargs = {name: exchanged(argument) for name, argument in user.kwargs.items()}
-            user.args, user.kwargs = tuple(exchanged(argument) for argument in user.args), kwargs
+            kwargs = {name: _exchanged(argument, value, other) for name, argument in user.kwargs.items()}
+            user.args, user.kwargs = tuple(_exchanged(argument, value, other) for argument in user.args), kwargs
         other.users += value.users
         value.users = []
         if self.result is value:
@@ -153,7 +157,7 @@ class Tape:
     def program(self, instead: Mapping[Any, Callable[..., Any]] | None = None) -> Callable[[Tensor], Tensor]:
         """The tape as a Python function, which forgets each temporary after its last use.
 
-        `instead`: operations to be replaced by others.
+        `instead`: operations to be replaced by others; those that write stay, unless they were made `in_place`.
         """
         names: dict[int, str] = {id(self.input): "v"}
         scope: dict[str, Any] = {}
@@ -167,7 +171,7 @@ class Tape:
                     scope[names[id(argument)]] = argument.constant
                 return names[id(argument)]
             if isinstance(argument, (list, tuple)):
-                return "[" + ", ".join(map(written, argument)) + "]"
+                return "[" + ", ".join(map(written, argument)) + "]"  # noqa: F821 (it is deleted at the end)
             if type(argument) in (int, bool, str, type(None)):
                 return repr(argument)
             name = f"k{len(scope)}"  # dtypes, devices, floats (inf and nan have no literal)
@@ -176,9 +180,11 @@ class Tape:
 
         lines = []
         for number, value in enumerate(self.values):
-            if value.operation not in operations:
-                operations[value.operation] = f"f{len(operations)}"
-                scope[operations[value.operation]] = (instead or {}).get(value.operation, value.operation)
+            replaced = instead is not None and (value.in_place or not value.writes)
+            operation = instead.get(value.operation, value.operation) if replaced and instead else value.operation
+            if operation not in operations:
+                operations[operation] = f"f{len(operations)}"
+                scope[operations[operation]] = operation
             given = [*map(written, value.args), *(f"{key}={written(each)}" for key, each in value.kwargs.items())]
             names[id(value)] = f"x{number}"
             gone = {
@@ -186,13 +192,19 @@ class Tape:
                 for source in value.sources
                 if source.operation is not None and last[id(source)] is value and source is not self.result
             }
-            lines.append(f"    x{number} = {operations[value.operation]}({', '.join(given)})")
+            lines.append(f"    x{number} = {operations[operation]}({', '.join(given)})")
             if gone:
                 lines.append(f"    del {', '.join(sorted(gone))}")
         source = "\n".join(["def program(v):", *lines, f"    return {names[id(self.result)]}"])
         exec(compile(source, "<recorded linear map>", "exec"), scope)  # our own text: names of operations and numbers
-        program: Callable[[Tensor], Tensor] = scope["program"]
+        program: Callable[[Tensor], Tensor] = scope.pop("program")
+        del written  # a cycle: it refers to itself, and to all constants
         return program
+
+    def forget_users(self) -> None:
+        """End the rewriting: without users there are no cycles, and constants are freed with the tape at once."""
+        for value in (*self.values, *self.constants.values(), self.input):
+            value.users.clear()
 
     def to_fx(self) -> fx.GraphModule:
         """The tape as a graph of torch.fx, for the compiler."""
@@ -201,7 +213,7 @@ class Tape:
 
         def node(argument: Any) -> Any:
             if isinstance(argument, (list, tuple)):
-                return [node(each) for each in argument]
+                return [node(each) for each in argument]  # noqa: F821 (it is deleted at the end)
             if not isinstance(argument, Value):
                 return argument
             if id(argument) not in nodes:
@@ -214,4 +226,5 @@ class Tape:
             kwargs = {name: node(argument) for name, argument in value.kwargs.items()}
             nodes[id(value)] = graph.call_function(value.operation, tuple(map(node, value.args)), kwargs)  # type: ignore[arg-type]
         graph.output(nodes[id(self.result)])
+        del node  # as above
         return fx.GraphModule(root, graph)
