@@ -75,6 +75,8 @@ def block_traces(
         DataError: a product is not finite.
     """
     operator = as_operator(matrix)
+    if not isinstance(partition, Partition):
+        raise InputError(f"partition must be a hesscope.Partition, got {type(partition).__name__}")
     partition.require_fits(operator.shape[0])
     methods = ("auto", "exact", "full", "confined", "hutch++")
     request = checked_request(operator, method, methods, probes, rtol, max_products, seed)

@@ -135,8 +135,10 @@ class SpectralDensity:
         From the probes' spread: Student intervals of the inverse cube root, since what one probe sees of few
         eigenvalues is chi-square, whose mean they cover in 92 to 96 % of all cases at level 95 % (1 to 100 degrees of
         freedom, 3 to 32 probes), those of the mean itself in 82 % at worst; for the distribution function, of the odds.
-        What is covered is the density at the same bandwidth; the error of the quadrature itself is not in it, which is
-        negligible where `bandwidth` is not below the default. With two or three probes an upper end may be infinite.
+        What is covered is the density at the same bandwidth; the error of the quadrature itself is not in it. That is
+        small in a bulk where `bandwidth` is not below the default; beside a pile of equal eigenvalues (the null space
+        of a Gauss-Newton matrix) and in gaps between outliers it is not, and bands miss there: smooth wider, or take
+        more steps. With two or three probes an upper end may be infinite.
 
         Raises:
             InputError: a value that does not fit, or fewer than two probes.
@@ -174,7 +176,10 @@ class SpectralDensity:
         return replace(self, nodes=to_symlog(self.nodes, t)).density(to_symlog(x, t), width)
 
     def grid(self, points: int = 1000, bandwidth: float | None = None) -> Array:
-        """`points` places [points], evenly spaced over the range of eigenvalues and four bandwidths more."""
+        """`points` places [points], evenly spaced over the range of eigenvalues and four bandwidths more.
+
+        Peaks narrower than its spacing fall through it (the zeros of a Gauss-Newton matrix): see `symlog_grid`.
+        """
         require_positive_int("points", points)
         width = self._bandwidth(bandwidth)
         low, high = self.eigenvalue_range
@@ -199,7 +204,11 @@ class SpectralDensity:
         return float(self._moments(k).mean())
 
     def moment_stderr(self, k: int) -> float:
-        """Standard error of `moment`; 0 if exact, nan with a single probe."""
+        """Standard error of `moment`; 0 if exact, nan with a single probe.
+
+        It is itself an estimate from the probes: with fewer than ten it is too small for high moments, which single
+        directions dominate (by half for the third moment and four probes, in a network's Hessian).
+        """
         return float(standard_error(self._moments(k), self.exact))
 
     # --- outliers -----------------------------------------------------------------------------------------------------

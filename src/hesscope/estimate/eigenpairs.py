@@ -191,7 +191,7 @@ def top_eigenpairs(
     if (size <= DENSE_SIZE or 2 * k >= size) and size + asked <= budget:
         exact = replace(provenance, engine=f"eigenpairs: dense; {operator.engine}", seed=None)
         return _dense_pairs(operator, k, which, tolerance, asked, exact)
-    device = operator.device if basis_device is None else torch.device(basis_device)
+    device = _device(operator, basis_device)
     capacity = _capacity(operator, k, block, device)
     search = _Search(
         space=KrylovSpace(operator, device, seed, sign=-1.0 if which == "SA" else 1.0),
@@ -475,6 +475,19 @@ def _dense_pairs(
         provenance=provenance,
         message=_message(converged, 0.0, spent=False) + "; from the whole matrix",
     )
+
+
+def _device(operator: Operator, basis_device: torch.device | str | None) -> torch.device:
+    """Where the basis is kept; raises InputError for a device that is not there."""
+    if basis_device is None:
+        return operator.device
+    try:
+        device = torch.device(basis_device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(f"basis_device must be a device that is there, got {basis_device!r}: {reason}") from error
+    return device
 
 
 def _require_fits(

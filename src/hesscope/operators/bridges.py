@@ -95,6 +95,8 @@ def as_operator(matrix: Any) -> Operator:
         raise InputError(f"expected a matrix or an operator with shape, dtype and @, got {type(matrix).__name__}")
     if len(shape) != 2 or shape[0] != shape[1]:
         raise InputError(f"the matrix must be square, got shape {tuple(shape)}")
+    if shape[0] == 0:
+        raise InputError("the matrix is empty: it has no rows")
     takes_numpy = not isinstance(dtype, torch.dtype)
     torch_dtype = _tensor(np.empty(0, dtype=dtype)).dtype if takes_numpy else dtype
     if not torch_dtype.is_floating_point:

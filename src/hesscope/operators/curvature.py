@@ -62,6 +62,10 @@ class _Curvature(Operator):
     def __init__(
         self, objective: Objective, engine: str = "auto", compile: bool = False, memory: int | None = None
     ) -> None:
+        if not isinstance(objective, Objective):
+            raise InputError(
+                f"expected a hesscope.Objective, got {type(objective).__name__}: wrap model, loss and data"
+            )
         require_choice("engine", engine, ("auto", *ENGINES))
         if compile and engine not in ("auto", "linearize"):
             raise InputError(f"compile=True needs engine 'linearize' or 'auto', PyTorch cannot compile {engine!r}")
@@ -392,7 +396,8 @@ class _OutputCurvature(_Curvature):
     def __init__(
         self, objective: Objective, engine: str = "auto", compile: bool = False, memory: int | None = None
     ) -> None:
-        self._loss = require_output_loss(objective, self.name)
+        if isinstance(objective, Objective):
+            self._loss = require_output_loss(objective, self.name)
         super().__init__(objective, engine, compile, memory)
 
     def _on(self, batch: object, index: int) -> Sandwich:
