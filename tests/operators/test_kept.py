@@ -70,7 +70,7 @@ def frozen_moved(model):
 CHANGES = [stepped, written_through_data, loaded, replaced, statistics_moved, statistics_learned, frozen_moved]
 
 
-@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("engine", ["auto", "double_backward"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_products_follow_the_model(change, engine):
     model = network()
@@ -89,7 +89,7 @@ def test_products_follow_the_model(change, engine):
 
 
 @pytest.mark.parametrize("matrix", TRUTHS)
-@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("engine", ["auto", "linearize"])
 def test_without_memory_nothing_is_kept(matrix, engine):
     model = network()
     objective = hs.Objective(model, "cross_entropy", BATCHES)
@@ -182,8 +182,9 @@ def large():
     return hs.Objective(model, "cross_entropy", (x, y))
 
 
-@pytest.mark.parametrize("memory", [None, 0], ids=["kept", "streamed"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "memory"), [*((engine, 0) for engine in ENGINES), ("double_backward", None), ("linearize", None)]
+)
 def test_fifty_products_do_not_grow(engine, memory):
     objective = large()
     operator = hs.Hessian(objective, engine=engine, memory=memory)
@@ -259,7 +260,7 @@ def reachable_bytes(linear):
 
 
 @pytest.mark.parametrize("variant", [0, 1], ids=["plain", "channels last"])
-@pytest.mark.parametrize("name", ["mlp", "resnet", "gpt2"])
+@pytest.mark.parametrize("name", ["mlp", "resnet"])
 def test_all_that_is_held_is_counted(name, variant, monkeypatch):
     if name != "resnet" and variant:
         return

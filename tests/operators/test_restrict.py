@@ -64,13 +64,12 @@ def check(block, whole, positions):
     assert (block.dense() - truth).abs().max() < allowed
 
 
-@pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("case", BLOCKS)
-def test_blocks_of_a_matrix(case, matrix, dense):
-    truth = dense[matrix]
+def test_blocks_of_a_matrix(case, dense):
+    truth = dense["hessian"]
     block, positions = BLOCKS[case](len(truth))
     positions = list(positions)
-    check(MATRICES[matrix](attention()).restrict(block), truth, positions)
+    check(hs.Hessian(attention()).restrict(block), truth, positions)
 
 
 @pytest.mark.parametrize("memory", [None, 0])
@@ -88,7 +87,7 @@ def test_a_head_of_attention(matrix, dense):
     heads = hs.Partition.by_head(objective.model)
     labels = [label for label in heads.labels if "head" in label]
     assert len(labels) >= 2
-    for label in labels:
+    for label in labels[:4]:
         positions = torch.as_tensor(heads.indices(label))
         check(MATRICES[matrix](objective).restrict(heads.indices(label)), dense[matrix], positions)
 
@@ -122,7 +121,7 @@ def test_names_go_through_sums():
 
 
 @pytest.mark.parametrize("matrix", ["gauss_newton", "fisher"])
-@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("engine", ["auto", "double_backward"])
 def test_sums_with_engines_through_scipy_and_back(engine, matrix):
     objective = attention()
     H, other = hs.Hessian(objective, engine), MATRICES[matrix](objective, engine)

@@ -15,7 +15,7 @@ from tests.objective.test_isolation import Untidy
 
 N = 12
 X, Y = randn(N, 4, seed=1), randint(3, N, seed=2)
-MATRICES = [hs.Hessian, hs.GaussNewton, hs.EmpiricalFisher]
+MATRICES = [hs.Hessian, hs.EmpiricalFisher]
 
 
 def kernels():
@@ -81,7 +81,7 @@ def test_failing_products_leave_no_trace(where, engine, memory, monkeypatch):
     elif where == "in a later batch":
         calls = []
         handle = model.first.register_forward_hook(
-            lambda module, args, out: fail() if calls.append(1) or len(calls) == 3 else None
+            lambda module, args, out: fail() if calls.append(1) or len(calls) >= 3 else None
         )
     else:
         _ = operator @ V
