@@ -117,7 +117,7 @@ def eigenpairs(work: Workload, peers: list[Peer]) -> list[Row]:
                 run = peer.eigenpairs
                 jobs[f"{peer.name} ({effort:g})"] = lambda run=run, effort=effort: run(PAIRS, effort)
                 break
-    seconds = alternating(jobs, repeats=3)
+    seconds = alternating(jobs, repeats=2)
     rows = []
     for name in jobs:
         what = f"{work.name}: top {PAIRS} eigenpairs, {name}, residual {worst(H, found[name]):.1e} (s)"
@@ -144,7 +144,7 @@ def quadratures(work: Workload, peers: list[Peer]) -> list[Row]:
     for peer in peers:
         if peer.quadrature is not None:
             jobs[peer.name] = lambda run=peer.quadrature: run(PROBES, STEPS)
-    seconds = alternating(jobs, repeats=3)
+    seconds = alternating(jobs, repeats=2)
     rows = [row(f"{work.name}: quadrature {PROBES} x {STEPS}, ours (s)", seconds["ours"])]
     for name in seconds:
         if name != "ours":

@@ -117,7 +117,7 @@ def _eigenthings(work: Workload) -> Peer:
     def quadrature(probes: int, steps: int) -> object:
         return he.spectral_density(hessian(), num_runs=probes, lanczos_steps=steps, seed=0)
 
-    steps = (20, 25, 30, 35, 40, 50, 60, 80, 100, 150, 200)
+    steps = (25, 35, 50, 70, 100, 150, 200)
     return Peer("hessian-eigenthings", lambda: hessian().matvec, gauss_newton, eigenpairs, steps, quadrature)
 
 

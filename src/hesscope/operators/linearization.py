@@ -86,10 +86,15 @@ def channels_last(found: Linearization) -> Linearization | None:
     """The same map with all images among its constants laid out with their channels last; None without convolutions."""
     if not any(value.operation is aten.convolution.default for value in found.tape.values):
         return None
+    copies: dict[tuple[Any, ...], Tensor] = {}
 
     def last(constant: Tensor) -> Tensor:
-        is_image = constant.ndim == IMAGE_AXES and constant.is_contiguous()
-        return constant.contiguous(memory_format=torch.channels_last) if is_image else constant
+        if constant.ndim != IMAGE_AXES or not constant.is_contiguous():
+            return constant
+        place = (constant.data_ptr(), constant.shape, constant.dtype)  # one tensor may be several constants
+        if place not in copies:
+            copies[place] = constant.contiguous(memory_format=torch.channels_last)
+        return copies[place]
 
     return _finished(found.tape.with_constants(last))
 
