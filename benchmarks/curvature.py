@@ -19,6 +19,7 @@ PRODUCTS = 30  # set-up is spread over so many
 PAIRS, RESIDUAL = 5, 1e-3
 PROBES, STEPS = 2, 30
 LARGE = ("resnet", "gpt")
+LONG_REPEATS = 1  # of what takes a minute by itself; products have warmed everything up
 
 
 def curvature(device: str) -> list[Row]:
@@ -74,7 +75,7 @@ def products(work: Workload, peers: list[Peer], large: bool) -> list[Row]:
         if peer.gauss_newton is not None:
             pushed = peer.gauss_newton()
             jobs[f"G, {peer.name}"] = lambda pushed=pushed: pushed(v)
-    seconds = alternating(jobs, repeats=9 if large else 30)
+    seconds = alternating(jobs, repeats=7 if large else 30)
     for name in ("H", "G"):
         once = (setup[name] - statistics.median(seconds[name])) / PRODUCTS
         seconds[name] = [s + once for s in seconds[name]]
@@ -117,7 +118,7 @@ def eigenpairs(work: Workload, peers: list[Peer]) -> list[Row]:
                 run = peer.eigenpairs
                 jobs[f"{peer.name} ({effort:g})"] = lambda run=run, effort=effort: run(PAIRS, effort)
                 break
-    seconds = alternating(jobs, repeats=2)
+    seconds = alternating(jobs, repeats=LONG_REPEATS, warm_up=False)
     rows = []
     for name in jobs:
         what = f"{work.name}: top {PAIRS} eigenpairs, {name}, residual {worst(H, found[name]):.1e} (s)"
@@ -144,7 +145,7 @@ def quadratures(work: Workload, peers: list[Peer]) -> list[Row]:
     for peer in peers:
         if peer.quadrature is not None:
             jobs[peer.name] = lambda run=peer.quadrature: run(PROBES, STEPS)
-    seconds = alternating(jobs, repeats=2)
+    seconds = alternating(jobs, repeats=LONG_REPEATS, warm_up=False)
     rows = [row(f"{work.name}: quadrature {PROBES} x {STEPS}, ours (s)", seconds["ours"])]
     for name in seconds:
         if name != "ours":

@@ -92,7 +92,7 @@ def _curvlinops(work: Workload) -> Peer:
         lambda: product(HessianLinearOperator),
         lambda: product(GGNLinearOperator),
         eigenpairs,
-        (1e-1, 1e-2, 1e-3, 1e-4),
+        (1e-2, 1e-3, 1e-4),
         quadrature,
     )
 
@@ -117,7 +117,7 @@ def _eigenthings(work: Workload) -> Peer:
     def quadrature(probes: int, steps: int) -> object:
         return he.spectral_density(hessian(), num_runs=probes, lanczos_steps=steps, seed=0)
 
-    steps = (25, 35, 50, 70, 100, 150, 200)
+    steps = (35, 50, 70, 100, 150)
     return Peer("hessian-eigenthings", lambda: hessian().matvec, gauss_newton, eigenpairs, steps, quadrature)
 
 

@@ -20,9 +20,11 @@ REPEATS = 5
 Row = dict[str, str]
 
 
-def alternating(jobs: dict[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, list[float]]:
+def alternating(
+    jobs: dict[str, Callable[[], object]], repeats: int = REPEATS, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Seconds of every job, run in turn after one warm-up each."""
-    for job in jobs.values():
+    for job in jobs.values() if warm_up else ():
         job()
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(repeats):
