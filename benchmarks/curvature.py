@@ -14,6 +14,7 @@ import hesscope as hs
 from benchmarks.peers import Pairs, Peer, installed, quiet
 from benchmarks.timing import Row, alternating, print_table, ratios, row, stopwatch
 from benchmarks.workloads import WORKLOADS, Workload
+from hesscope.operators.engines import load_forward_mode
 
 PRODUCTS = 30  # set-up is spread over so many
 PAIRS, RESIDUAL = 5, 1e-3
@@ -57,6 +58,7 @@ def products(work: Workload, peers: list[Peer], large: bool) -> list[Row]:
     found = objective(work)
     v = torch.randn(found.parameters.size, device=work.inputs.device)
     H, G = hs.Hessian(found), hs.GaussNewton(found)
+    load_forward_mode()  # once in a process, as is importing torch
     setup = {"H": stopwatch(lambda: H @ v), "G": stopwatch(lambda: G @ v)}
     print(H.explain())
     parameters = list(work.model.parameters())
