@@ -451,7 +451,7 @@ def _ends_figure(folder: Path, result: xr.Dataset) -> Picture:
         if values.min() <= bulk <= values.max():
             axes.axhline(bulk, color="#888888", linewidth=0.8, linestyle="--")
             axes.annotate(
-                "the bulk ends here",
+                "outliers beyond this line",
                 (1.0, bulk),
                 (-2, 3),
                 ("axes fraction", "data"),
