@@ -24,9 +24,9 @@ STUDY = """
 model = "tests.study.user_code:network"
 model_arguments = { width = 40 }
 data = "tests.study.user_code:points"
-data_arguments = { N = 400 }
+data_arguments = { N = 2000 }
 method = "probes"
-probes = 40
+probes = 120
 output = "out"
 """
 
