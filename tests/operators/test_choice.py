@@ -39,17 +39,27 @@ class Clock:
 
     def __init__(self, monkeypatch, costs):
         self.now, self.costs, self.built = 0.0, costs, []
-        self._build, self._variants = choice.build, choice.variants
+        self._build, self._linearized, self._variants = choice.build, choice.linearized, choice.variants
         monkeypatch.setattr(choice, "SMALL_GRAPH", 0)
         monkeypatch.setattr(choice, "build", self.build)
+        monkeypatch.setattr(choice, "linearized", self.linearized)
         monkeypatch.setattr(choice, "variants", self.variants)
         monkeypatch.setattr(choice.time, "perf_counter", lambda: self.now)
 
     def build(self, engine, matrix, theta, example):
+        share = self.set_up(engine, matrix, theta)
+        return self.slowed(self._build(engine, matrix, theta, example), self.costs[engine][1] * share)
+
+    def linearized(self, matrix, theta, v):
+        share = self.set_up("linearize", matrix, theta)
+        linear, product = self._linearized(matrix, theta, v)
+        return self.slowed(linear, self.costs["linearize"][1] * share), product
+
+    def set_up(self, engine, matrix, theta):
         share = self.share(matrix, theta)
         self.built.append((engine, share))
         self.now += self.costs[engine][0] * share
-        return self.slowed(self._build(engine, matrix, theta, example), self.costs[engine][1] * share)
+        return share
 
     def variants(self, linear):
         others = self._variants(linear)[1:]

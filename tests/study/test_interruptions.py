@@ -24,9 +24,9 @@ STUDY = """
 model = "tests.study.user_code:network"
 model_arguments = { width = 40 }
 data = "tests.study.user_code:points"
-data_arguments = { N = 2000 }
+data_arguments = { N = 700 }
 method = "probes"
-probes = 120
+probes = 60
 output = "out"
 """
 

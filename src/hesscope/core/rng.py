@@ -7,6 +7,7 @@ thousand streams two would likely coincide) and gives the same numbers on every 
 
 import hashlib
 import json
+import math
 
 import numpy as np
 import torch
@@ -22,6 +23,16 @@ def stream(seed: int, *path: str | int) -> np.random.Generator:
 def normal(shape: tuple[int, ...], generator: np.random.Generator) -> torch.Tensor:
     """Independent standard normal numbers, float64."""
     return torch.from_numpy(generator.standard_normal(shape))
+
+
+def coarse(shape: tuple[int, ...], generator: np.random.Generator) -> torch.Tensor:
+    """Independent numbers, uniform on the 256 odd multiples of 1/256 between -1 and 1, float32.
+
+    Twenty times faster than normal numbers, for checks with vectors in which nothing may hide: no entry is zero, and
+    no two vectors of them are likely to be parallel, however few entries they have.
+    """
+    numbers = np.frombuffer(generator.bytes(math.prod(shape)), dtype=np.int8).reshape(shape)
+    return (torch.from_numpy(numbers.copy()).float() * 2 + 1) / 256
 
 
 def rademacher(size: int, generator: np.random.Generator) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hesscope.core.checks import nearest, require_choice
 from hesscope.core.errors import DataError, HesscopeError, InputError
 from hesscope.core.memory import available_bytes, human_bytes
-from hesscope.core.rng import normal, stream
+from hesscope.core.rng import coarse, stream
 from hesscope.objective.losses import output_gradient
 from hesscope.objective.objective import Objective, require_output_loss
 from hesscope.objective.pieces import cut
@@ -349,7 +349,7 @@ class _Curvature(Operator):
     @cached_property
     def _pair(self) -> Tensor:
         """Two random rows [2, P] to check products with."""
-        return normal((2, self.shape[0]), stream(0, "check of products")).to(self.device, self.dtype)
+        return coarse((2, self.shape[0]), stream(0, "check of products")).to(self.device, self.dtype)
 
     def _held(self) -> str:
         """What is in memory between products, and which knob lowers it; for messages."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +22,15 @@ from torch.autograd import forward_ad
 
 from hesscope.operators.linearization import Linearization, channels_last, record
 from hesscope.operators.second_derivatives import (
+    NO_FORWARD_MODE,
+    has_custom_functions,
     pull_back,
     require_twice_differentiable,
     saved_storages,
     stacked,
 )
+
+Result = TypeVar("Result")
 
 ENGINES = ("double_backward", "linearize", "forward_over_reverse")
 
@@ -81,12 +86,22 @@ def build(engine: str, matrix: Curve | Sandwich, theta: Tensor, example: Tensor)
     """
     if engine == "double_backward":
         return _curve_backward(matrix, theta) if isinstance(matrix, Curve) else _sandwich_backward(matrix, theta)
-    load_forward_mode()
-    product = _dual_curve(matrix, theta) if isinstance(matrix, Curve) else _dual_sandwich(matrix, theta)
     if engine == "linearize":
-        recorded = record(product, example)
-        return None if recorded is None else _replayed(recorded)
-    return LinearMap(lambda rows, vectorized: stacked([product(row) for row in rows]), {})
+        found = linearized(matrix, theta, example)
+        return None if found is None else found[0]
+    load_forward_mode()
+
+    def multiplied(row: Tensor) -> Tensor:
+        return _light_or_not(lambda light: _dual_product(matrix, theta, light)(row))
+
+    return LinearMap(lambda rows, vectorized: stacked([multiplied(row) for row in rows]), {})
+
+
+def linearized(matrix: Curve | Sandwich, theta: Tensor, v: Tensor) -> tuple[LinearMap, Tensor] | None:
+    """A linearization, as by `build`, recorded with v [P], and the product with v [P]; None if the map is zero."""
+    load_forward_mode()
+    found = _light_or_not(lambda light: record(_dual_product(matrix, theta, light), v))
+    return None if found is None else (_replayed(found[0]), found[1])
 
 
 def variants(linear: LinearMap) -> tuple[LinearMap, ...]:
@@ -140,16 +155,33 @@ def _curve_backward(matrix: Curve, theta: Tensor) -> LinearMap | None:
     )
 
 
-def _dual_curve(matrix: Curve, theta: Tensor) -> Callable[[Tensor], Tensor]:
+def _light_or_not(run: Callable[[bool], Result]) -> Result:
+    """`run(True)`, or `run(False)` where an operation's backward (SiLU's) has forward mode in the other form only."""
+    try:
+        return run(True)
+    except RuntimeError as error:
+        if NO_FORWARD_MODE.search(str(error)) is None:
+            raise
+    return run(False)
+
+
+def _dual_product(matrix: Curve | Sandwich, theta: Tensor, light: bool) -> Callable[[Tensor], Tensor]:
+    return _dual_curve(matrix, theta, light) if isinstance(matrix, Curve) else _dual_sandwich(matrix, theta)
+
+
+def _dual_curve(matrix: Curve, theta: Tensor, light: bool) -> Callable[[Tensor], Tensor]:
+    """The gradient's tangent; its own graph, which takes as long again, is for checks and for some operations only."""
+
     def product(v: Tensor) -> Tensor:
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(theta, v)  # type: ignore[no-untyped-call]
-            # create_graph: the backward of some operations (SiLU) has forward mode only in its differentiable form.
             value = matrix.function(dual)
             if not value.requires_grad:
                 return torch.zeros_like(v)
-            (gradient,) = torch.autograd.grad(value, dual, create_graph=True)
-            require_twice_differentiable(value, gradient, matrix.what)
+            with_graph = not light or has_custom_functions(value)
+            (gradient,) = torch.autograd.grad(value, dual, create_graph=with_graph)
+            if with_graph:
+                require_twice_differentiable(value, gradient, matrix.what)
             tangent = forward_ad.unpack_dual(gradient).tangent  # type: ignore[no-untyped-call]
             return torch.zeros_like(v) if tangent is None else tangent.detach()
 

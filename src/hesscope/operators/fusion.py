@@ -48,8 +48,8 @@ def fuse(tape: Tape) -> None:
     them, are left as they are.
     """
     written = _written_memory(tape)
-    for rewrite in (_drop_copy, _drop_zeros, _fuse_sum, _write_in_place):
-        for value in list(tape.values):
+    for rewrite, operations in REWRITES.items():
+        for value in [each for each in tape.values if each.operation in operations]:
             near = [value, *value.sources, *(source for each in value.sources for source in each.sources)]
             if (value.users or value is tape.result) and not any(id(each) in written for each in near):
                 rewrite(tape, value)
@@ -60,7 +60,7 @@ def _written_memory(tape: Tape) -> set[int]:
     """Identities of the values that share memory with one that the program writes to."""
     owner: dict[int, int] = {}
     for value in tape.values:
-        first = next(value.sources, None) if value.is_view or value.operation in UNANNOUNCED else None
+        first = next(iter(value.sources), None) if value.is_view or value.operation in UNANNOUNCED else None
         owner[id(value)] = id(value) if first is None else owner.get(id(first), id(first))
     written = {owner[id(value)] for value in tape.values if value.writes}
     return written | {id(value) for value in tape.values if owner[id(value)] in written}
@@ -68,13 +68,13 @@ def _written_memory(tape: Tape) -> set[int]:
 
 def _drop_copy(tape: Tape, value: Value) -> None:
     """A conversion to what a tensor already is copies for nothing, unless someone writes to the copy."""
-    if value.operation is aten._to_copy.default and _alike(value.args[0], value) and not _is_written(value):
+    if _alike(value.args[0], value) and not _is_written(value):
         tape.substitute(value, value.args[0])
 
 
 def _drop_zeros(tape: Tape, value: Value) -> None:
     """Zeros that are added: piecewise linear activations have a second derivative that is nothing but that."""
-    if value.operation is not aten.add.Tensor or value.kwargs or _is_written(value):
+    if value.kwargs or _is_written(value):
         return
     for kept, zeros in (value.args, value.args[::-1]):
         made_zero = isinstance(zeros, Value) and zeros.operation is aten.zeros_like.default and not _is_written(zeros)
@@ -85,7 +85,7 @@ def _drop_zeros(tape: Tape, value: Value) -> None:
 
 def _fuse_sum(tape: Tape, value: Value) -> None:
     """One operation for a + b * c, and for A + B @ C."""
-    if value.operation not in (aten.add.Tensor, aten.sub.Tensor) or value.kwargs:
+    if value.kwargs:
         return
     left, right = value.args
     sign = -1 if value.operation is aten.sub.Tensor else 1
@@ -117,8 +117,6 @@ def _can_add_before_reshaping(tape: Tape, base: Value, product: Value) -> bool:
 
 def _write_in_place(tape: Tape, value: Value) -> None:
     """An elementwise operation writes to an argument that is its own tensor and that nobody else needs."""
-    if value.operation not in IN_PLACE:
-        return
     for place in (0, 1) if value.operation in COMMUTATIVE and not value.kwargs else (0,):
         temporary = value.args[place]
         if _alike(temporary, value) and len(temporary.users) == 1 and _owns(temporary) and temporary is not tape.result:
@@ -144,3 +142,12 @@ def _is_written(value: Value) -> bool:
 def _alike(value: object, other: Value) -> bool:
     """Whether two values are tensors of one kind."""
     return isinstance(value, Value) and value.kind is not None and value.kind == other.kind
+
+
+# Each with the operations it is tried on, in this order.
+REWRITES = {
+    _drop_copy: {aten._to_copy.default},
+    _drop_zeros: {aten.add.Tensor},
+    _fuse_sum: {aten.add.Tensor, aten.sub.Tensor},
+    _write_in_place: set(IN_PLACE),
+}

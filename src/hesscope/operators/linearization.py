@@ -30,6 +30,7 @@ IMAGE_AXES = 4
 # Where a tensor remembers its value on a tape. An attribute goes with the tensor, and is found ten times faster than in
 # a dictionary of weak references.
 MARK = "_hesscope_value"
+NO_TENSOR = aten._efficientzerotensor.default
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Linearization:
         return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
-def record(linear: Callable[[Tensor], Tensor], v: Tensor) -> Linearization | None:
-    """The linear map as a program; None if it is zero.
+def record(linear: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Linearization, Tensor] | None:
+    """The linear map as a program, and what it made of `v` meanwhile, [P]; None if it is zero.
 
     Args:
         linear: the map, [P] -> [P]; that it depends on its argument linearly is not checked.
@@ -79,7 +80,7 @@ def record(linear: Callable[[Tensor], Tensor], v: Tensor) -> Linearization | Non
         # Of another vector: what was frozen at v would go unnoticed there. What is not finite is told by the product.
         if bool(result.isfinite().all()) and not agree(found.replay(-v), -result):
             raise RuntimeError("replaying the recorded operations gives another product")
-    return found
+    return found, result
 
 
 def channels_last(found: Linearization) -> Linearization | None:
@@ -107,6 +108,10 @@ def _finished(tape: Tape) -> Linearization:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down every operation on tensors that depend on `v`."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here; PyTorch's guard against it would cost a tenth of the recording
+
     def __init__(self, v: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
@@ -117,7 +122,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten._efficientzerotensor.default:
+        if func is NO_TENSOR:
             # Zeros without memory stand for tangents that are not there. Operations on them, called from here, have
             # ended the process (PyTorch 2.13, aten.mul.Scalar).
             return torch.zeros(*args, **kwargs)
@@ -127,7 +132,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = tuple(map(self.value, args))
         keywords = {name: self.value(argument) for name, argument in kwargs.items()}
         made = self.tape.add(None, RESHAPED.get(func, func), inputs, keywords)
-        if func._schema.is_mutable:
+        if made.writes:
             for argument, given in zip(func._schema.arguments, args, strict=False):
                 if argument.is_write and isinstance(given, Tensor):
                     setattr(given, MARK, made)

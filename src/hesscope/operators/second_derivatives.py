@@ -64,6 +64,11 @@ def require_twice_differentiable(loss_sum: Tensor, gradient: Tensor, what: str) 
         raise _no_second_derivative(what, f"{', '.join(names) or 'a custom function'} (marked once_differentiable)")
 
 
+def has_custom_functions(loss_sum: Tensor) -> bool:
+    """Whether the user's own functions, with a backward in Python, are in the graph behind a tensor."""
+    return any(hasattr(type(node), "_forward_cls") for node in _graph(loss_sum))
+
+
 def _no_second_derivative(what: str, operation: str) -> NoSecondDerivativeError:
     hint = " (e.g. attn_implementation='eager')" if "attention" in operation else ""
     return NoSecondDerivativeError(

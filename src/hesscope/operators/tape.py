@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -31,6 +32,7 @@ class Value:
         constant: its tensor, if it is one.
         users: the values made from it, each as often as it takes it.
         in_place: whether it has been rewritten to write to a temporary of its own.
+        sources: the values it is made from, each as often as it takes them.
     """
 
     kind: Kind | None
@@ -40,23 +42,34 @@ class Value:
     constant: Tensor | None = None
     users: list[Value] = field(default_factory=list)
     in_place: bool = False
+    sources: tuple[Value, ...] = ()
 
-    @property
-    def sources(self) -> Iterator[Value]:
-        """The values it is made from, each as often as it takes them."""
-        return values_in((self.args, tuple(self.kwargs.values())))
+    def __post_init__(self) -> None:
+        self.take(self.operation, self.args, self.kwargs)
+
+    def take(self, operation: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Be the result of this operation on these arguments."""
+        self.operation, self.args, self.kwargs = operation, args, kwargs
+        self.sources = tuple(values_in((args, tuple(kwargs.values())) if kwargs else args))
 
     @property
     def writes(self) -> bool:
         """Whether its operation writes to an argument."""
-        schema = getattr(self.operation, "_schema", None)
-        return schema is not None and bool(schema.is_mutable)
+        return _facts(self.operation)[0]
 
     @property
     def is_view(self) -> bool:
         """Whether it may share its memory with what it is made from."""
-        schema = getattr(self.operation, "_schema", None)
-        return schema is None or any(result.alias_info is not None for result in schema.returns)
+        return _facts(self.operation)[1]
+
+
+@cache
+def _facts(operation: Callable[..., Any] | None) -> tuple[bool, bool]:
+    """Whether an operation writes to an argument, and whether its result may share memory with one."""
+    schema = getattr(operation, "_schema", None)
+    if schema is None:
+        return False, True
+    return bool(schema.is_mutable), any(result.alias_info is not None for result in schema.returns)
 
 
 def values_in(arguments: Any) -> Iterator[Value]:
@@ -129,7 +142,7 @@ class Tape:
         """Put another operation in place of a value's own."""
         for source in value.sources:
             source.users.remove(value)
-        value.operation, value.args, value.kwargs = operation, args, kwargs
+        value.take(operation, args, kwargs)
         for source in value.sources:
             source.users.append(value)
 
@@ -137,7 +150,7 @@ class Tape:
         """Let everybody who takes `value` take `other`; `value` is of no use any more."""
         for user in dict.fromkeys(value.users):
             kwargs = {name: _exchanged(argument, value, other) for name, argument in user.kwargs.items()}
-            user.args, user.kwargs = tuple(_exchanged(argument, value, other) for argument in user.args), kwargs
+            user.take(user.operation, tuple(_exchanged(argument, value, other) for argument in user.args), kwargs)
         other.users += value.users
         value.users = []
         if self.result is value:
