@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hesscope.core.rng import normal, permutation, rademacher, stream
+from hesscope.core.rng import coarse, normal, permutation, rademacher, stream
 
 STABLE = ([2103944794540515662, 1816841703634951176], [1802173601775556762, 4594238132762839805])
 PATHS = [(), ("a",), ("b",), ("a", "b"), ("b", "a"), ("a", 0), ("a", 1), ("ab",)]
@@ -63,6 +63,15 @@ def test_rademacher_draws_fair_signs():
     assert abs(signs.double().mean()) < 4 / 200
     neighbours = (signs[1:] * signs[:-1]).double().mean()
     assert abs(neighbours) < 4 / 200
+
+
+def test_coarse_numbers_are_uniform_and_none_is_zero():
+    numbers = coarse((2, 200_000), stream(3, "coarse")).double()
+    values, counts = numbers.unique(return_counts=True)
+    assert torch.equal(values, torch.arange(-255, 256, 2) / 256)
+    assert (counts / counts.double().mean() - 1).abs().max() < 4 / 1560**0.5
+    assert abs(float((numbers[0] * numbers[1]).mean())) < 4 / 3 / 200_000**0.5
+    assert torch.equal(numbers.float(), coarse((2, 200_000), stream(3, "coarse")))
 
 
 @pytest.mark.parametrize("size", [0, 1, 7])

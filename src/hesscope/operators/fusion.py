@@ -17,7 +17,7 @@ from hesscope.operators.tape import Tape, Value
 aten = torch.ops.aten
 
 # Elementwise operations and their forms that write to the first argument.
-IN_PLACE = {
+IN_PLACE: dict[Any, Any] = {
     aten.add.Tensor: aten.add_.Tensor,
     aten.sub.Tensor: aten.sub_.Tensor,
     aten.mul.Tensor: aten.mul_.Tensor,
