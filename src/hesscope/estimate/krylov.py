@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hesscope.core.rng import normal, stream
-from hesscope.estimate.lanczos import NOTHING, finite_products, norms, power_of_two
+from hesscope.estimate.lanczos import NOTHING, SHORTENED, finite_products, norms, power_of_two
 from hesscope.operators import Operator
 
 Array = npt.NDArray[np.float64]
@@ -35,6 +35,9 @@ ROWS_PER_CHUNK, MIXED_AT_ONCE = 32, 2**22
 
 # Passes of Gram-Schmidt: two suffice unless the direction was nothing but rounding to begin with.
 MOST_PASSES = 4
+
+# Vectors, for each that is multiplied, that a three-term recurrence relates its product to, itself included.
+NEAR = 2
 
 # A polynomial this large leaves no room for doubt, and its square does not burst.
 LARGE = 1e100
@@ -62,12 +65,22 @@ class Basis:
             self._chunks[number][place] = row
             self.length += 1
 
-    def remove_from_(self, rows: Tensor) -> Array:
-        """Subtract from rows [K, P] their projection on the basis, in place; returns the overlaps [m, K]."""
-        overlaps = [part @ rows.T for part in self.parts()]
-        for part, overlap in zip(self.parts(), overlaps, strict=True):
+    def remove_from_(self, rows: Tensor, first: int = 0) -> Array:
+        """Subtract from rows [K, P] their projection on the basis, in place; returns the overlaps [m, K].
+
+        `first`: only the basis' rows from this one on; the overlaps with those before count as 0.
+        """
+        number, place = divmod(first, ROWS_PER_CHUNK)
+        parts = self.parts()[number:]
+        if parts:
+            parts[0] = parts[0][place:]
+        overlaps = [part @ rows.T for part in parts]
+        for part, overlap in zip(parts, overlaps, strict=True):
             rows.addmm_(overlap.T, part, alpha=-1)
-        return torch.cat(overlaps).double().cpu().numpy() if overlaps else np.zeros((0, len(rows)))
+        found = np.zeros((self.length, len(rows)))
+        if overlaps:
+            found[first:] = torch.cat(overlaps).double().cpu().numpy()
+        return found
 
     def combine(self, Y: Array) -> Tensor:
         """Linear combinations [K, P] of the rows with coefficients Y [m, K]."""
@@ -183,7 +196,10 @@ class KrylovSpace:
     def _orthonormalized(self, rows: Tensor, beside: Tensor, floor: float) -> tuple[Tensor, Array, Array]:
         """What of rows [K, P] is orthogonal to basis and `beside`, as orthonormal rows [r <= K, P].
 
-        Passes go on until one leaves the lengths as they are; directions shorter than `floor` are nothing.
+        A first pass takes away what the recurrence is made of, the overlaps with the last few vectors; those with all
+        others are then mostly rounding. Passes over the whole basis go on until one leaves the lengths as they are
+        (Daniel, Gragg, Kaufman and Stewart 1976), and are half of the work where vectors are long. Directions shorter
+        than `floor` are nothing.
 
         Returns:
             The rows; overlaps [m + len(beside), K] of the given rows; lengths [K, r], so that the given rows are
@@ -191,21 +207,29 @@ class KrylovSpace:
         """
         rows = rows.clone()
         overlaps, lengths = np.zeros((self.length + len(beside), len(rows))), np.eye(len(rows))
-        for number in range(MOST_PASSES):
+        overlaps[: self.length] = self.basis.remove_from_(rows, max(0, self.length - NEAR * len(rows)))
+        for _ in range(MOST_PASSES):
+            whole = norms(rows).max()
             removed = [self.basis.remove_from_(rows)]
             shadow = beside @ rows.T
             rows.addmm_(shadow.T, beside, alpha=-1)
             removed.append(shadow.double().cpu().numpy())
             overlaps += np.concatenate(removed) @ lengths.T
-            Z, B = torch.linalg.qr(rows.T)
+            Z, B = _normalized(rows.T) if len(rows) == 1 else torch.linalg.qr(rows.T)
             U, kept_lengths, V = np.linalg.svd(B.double().cpu().numpy())
             mixed = lengths @ V.T * kept_lengths
             kept = np.linalg.norm(mixed, axis=0) > floor
             rows = (Z @ torch.from_numpy(U[:, kept]).to(rows)).T
             lengths = mixed[:, kept]
-            if not kept.any() or (number > 0 and kept_lengths[kept].min() > 0.5):
+            if not kept.any() or kept_lengths[kept].min() >= SHORTENED * whole:
                 break
         return rows, overlaps, lengths
+
+
+def _normalized(column: Tensor) -> tuple[Tensor, Tensor]:
+    """QR of a single column [P, 1], several times faster than by reflections."""
+    length = torch.from_numpy(norms(column.T))
+    return column / length.to(column) if length > 0 else column, length[None]
 
 
 def overlooked(dimension: int, diagonal: list[float], off_diagonal: list[float], level: float) -> float:
