@@ -151,6 +151,23 @@ def test_a_partition_cannot_be_changed():
         p.labels = ()
 
 
+WRONG_PARTITIONS = {
+    "a block without parameters": (("a", "b"), [0, 0, 0], "uses each of the 2 blocks' numbers"),
+    "a block that is not there": (("a", "b"), [0, 1, 2], "uses each of the 2 blocks' numbers"),
+    "no block": (("a", "b"), [0, -1, 1], "uses each of the 2 blocks' numbers"),
+    "a matrix": (("a", "b"), [[0, 1]], "assignment must be a vector"),
+    "nothing": ((), [], "assignment must be a vector"),
+    "one label twice": (("a", "a"), [0, 1], "labels must differ from each other"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PARTITIONS)
+def test_wrong_partitions(name):
+    labels, assignment, message = WRONG_PARTITIONS[name]
+    with pytest.raises(PartitionError, match=message):
+        hs.Partition(labels, np.array(assignment))
+
+
 def test_unknown_block_with_the_nearest_that_exists():
     p = hs.Partition.by_tensor(model())
     with pytest.raises(InputError, match=re.escape("no block is named '0.wieght', did you mean '0.weight'?")):
