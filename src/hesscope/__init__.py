@@ -11,10 +11,13 @@ from hesscope._version import __version__
 if TYPE_CHECKING:
     from hesscope.core.errors import HesscopeError
     from hesscope.core.vectors import ParameterSpace
+    from hesscope.estimate.advice import choose_by_tensor, choose_partition
     from hesscope.estimate.block_energies import block_energies
+    from hesscope.estimate.block_spectra import BlockSpectra, block_spectra
     from hesscope.estimate.block_traces import block_traces
     from hesscope.estimate.density import SpectralDensity
     from hesscope.estimate.diagonal import diagonal
+    from hesscope.estimate.diagonality import PartitionComparison, compare_partitions
     from hesscope.estimate.eigenpairs import Eigenpairs, top_eigenpairs
     from hesscope.estimate.energies import BlockEnergies, SplitEnergies
     from hesscope.estimate.estimate import Estimate
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from hesscope.objective import Objective
     from hesscope.operators import EmpiricalFisher, GaussNewton, Hessian, as_operator
     from hesscope.operators.closed_form import LayerWeights, OutputLayerEnergies, layer_weights, output_layer_energies
-    from hesscope.partition import Partition
+    from hesscope.partition import Coverage, Cut, Heads, Partition
 
 # Where each public name lives; submodules that are themselves public names map to None.
 _HOME: dict[str, str | None] = {
@@ -37,6 +40,9 @@ _HOME: dict[str, str | None] = {
     "ParameterSpace": "hesscope.core.vectors",
     "Objective": "hesscope.objective",
     "Partition": "hesscope.partition",
+    "Heads": "hesscope.partition",
+    "Cut": "hesscope.partition",
+    "Coverage": "hesscope.partition",
     "Hessian": "hesscope.operators",
     "GaussNewton": "hesscope.operators",
     "EmpiricalFisher": "hesscope.operators",
@@ -57,6 +63,12 @@ _HOME: dict[str, str | None] = {
     "frobenius_norm_squared": "hesscope.estimate.frobenius",
     "diagonal": "hesscope.estimate.diagonal",
     "block_traces": "hesscope.estimate.block_traces",
+    "block_spectra": "hesscope.estimate.block_spectra",
+    "BlockSpectra": "hesscope.estimate.block_spectra",
+    "compare_partitions": "hesscope.estimate.diagonality",
+    "PartitionComparison": "hesscope.estimate.diagonality",
+    "choose_partition": "hesscope.estimate.advice",
+    "choose_by_tensor": "hesscope.estimate.advice",
     "Eigenpairs": "hesscope.estimate.eigenpairs",
     "top_eigenpairs": "hesscope.estimate.eigenpairs",
     "SpectralDensity": "hesscope.estimate.density",
@@ -72,11 +84,15 @@ _HOME: dict[str, str | None] = {
 
 __all__ = [
     "BlockEnergies",
+    "BlockSpectra",
+    "Coverage",
+    "Cut",
     "Eigenpairs",
     "EmpiricalFisher",
     "Estimate",
     "ExponentFit",
     "GaussNewton",
+    "Heads",
     "HesscopeError",
     "Hessian",
     "LayerWeights",
@@ -85,13 +101,18 @@ __all__ = [
     "OutputLayerEnergies",
     "ParameterSpace",
     "Partition",
+    "PartitionComparison",
     "SemiEmpiricalLaw",
     "SpectralDensity",
     "SplitEnergies",
     "__version__",
     "as_operator",
     "block_energies",
+    "block_spectra",
     "block_traces",
+    "choose_by_tensor",
+    "choose_partition",
+    "compare_partitions",
     "diagonal",
     "fit_exponent",
     "frobenius_norm_squared",

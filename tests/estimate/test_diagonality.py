@@ -58,7 +58,7 @@ def direct(H, partition, g):
         "energy": D,
         "chance": chance,
         "beyond_chance": (D - chance) / (1 - chance),
-        "bits": bits if D >= s else -bits,
+        "bits": bits if s <= D else -bits,
         "frobenius_error": np.linalg.norm(H - kept) / np.linalg.norm(H),
         "spectral_error": np.linalg.norm(H - kept, 2) / np.linalg.norm(H, 2),
         "curvature_kept": g @ kept @ g / (g @ H @ g),

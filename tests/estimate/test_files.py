@@ -9,9 +9,9 @@ from hesscope.core.errors import InputError
 from tests.helpers import build, cut, inputs_for, randint
 
 
-def energies(method):
+def energies(method, probes=None):
     obj = hs.Objective(build("tanh"), "cross_entropy", cut(inputs_for("tanh", 12), randint(3, 12, seed=2)))
-    return hs.block_energies(hs.Hessian(obj), hs.Partition.by_row(obj.model), method, seed=2**40)
+    return hs.block_energies(hs.Hessian(obj), hs.Partition.by_row(obj.model), method, probes, seed=2**40)
 
 
 def of_a_plain_matrix(method):
@@ -46,7 +46,7 @@ def test_round_trip(method, make, through_file, tmp_path):
 
 
 def test_the_data_set_is_labelled():
-    E = energies("probes")
+    E = energies("probes", probes=32)
     dataset = E.to_xarray()
     assert dict(dataset.sizes) == {"row_block": len(E.labels), "column_block": len(E.labels), "sample": 32}
     cell = dataset["energy"].sel(row_block="0.weight[1]", column_block="4.weight[2]")

@@ -160,3 +160,21 @@ def not_a_model() -> np.ndarray:
 
 def failing() -> nn.Module:
     raise RuntimeError("no\nsuch luck")
+
+
+def planted_rows() -> nn.Module:
+    """Under squared error its Hessian is exactly block-diagonal by row: one block X^T X / N for every output."""
+    return hs.models.linear(5, 3, seed=1, dtype=torch.float64)
+
+
+def correlated_points() -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs that depend on each other, so that the blocks of `planted_rows` are dense."""
+    x, y = points().batch("mse")
+    return x + 2 * x.sum(dim=1, keepdim=True), y
+
+
+def rank_one_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """(a.theta)^2: a dense Hessian of rank one."""
+    theta = torch.cat([p.flatten() for p in model.parameters()])
+    a = torch.linspace(1.0, 2.0, theta.numel(), dtype=theta.dtype)
+    return (a @ theta) ** 2, 1

@@ -150,6 +150,54 @@ def spectrum(
 
 
 @app.command()
+def advise(
+    study: Annotated[Path | None, typer.Argument(metavar="STUDY.toml", help="What to measure.")] = None,
+    example: Annotated[bool, typer.Option("--example", help="Print a commented STUDY.toml and stop.")] = False,
+) -> None:
+    """Find the partition that your own network's Hessian is block-diagonal in, and write it down for an optimizer."""
+    if example:
+        from hesscope.study.config import EXAMPLE
+
+        print(EXAMPLE, end="")
+        return
+    if study is None:
+        raise InputError("advise needs a STUDY.toml (hesscope advise --example prints one to start from)")
+    from hesscope.study.advise import (
+        ENERGIES,
+        RESULT,
+        SPECTRA,
+        ZOOM,
+        describe_advise,
+        prepare_advise,
+        run_advise,
+        write_advice,
+    )
+    from hesscope.study.config import read_config
+
+    prepared = prepare_advise(read_config(study), study.parent)
+    _require_folder(prepared.folder)
+    for what, how_much in describe_advise(prepared):
+        print(f"{what + ':':<11}{how_much}", flush=True)
+    with progress_bar() as report:
+        found = run_advise(prepared, report)
+    _say_found(found)
+    from hesscope.report.advise_page import advise_headline, advise_table, cut_table, write_advise_page
+
+    store = prepared.store
+    result = store.require(RESULT)
+    print(advise_headline(result))
+    for table in (advise_table(result), cut_table(result)[:13]):
+        print()
+        _print_table(table)
+    print()
+    print(f"advice: {write_advice(prepared.folder, result).resolve()}")
+    page = write_advise_page(
+        prepared.folder, result, store.require(ENERGIES), store.load(SPECTRA), store.load(ZOOM), _command()
+    )
+    print(f"page: {page.resolve()}")
+
+
+@app.command()
 def theory(
     classes: Annotated[str, typer.Option(help="Numbers of classes C, separated by commas.")] = "10,100,1000,10000",
     gamma: Annotated[str, typer.Option(help="Inputs per sample d/N, separated by commas.")] = "0.5",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,18 @@ from hesscope.core.errors import DataError, InputError, TooLargeError
 from hesscope.core.memory import available_bytes, require_memory
 from hesscope.core.records import Provenance
 from hesscope.core.rng import rademacher, stream
+from hesscope.estimate.block_probes import Reached, columns_to_tolerance, default_max_products, least_budget
+from hesscope.estimate.dual import dual_energies
 from hesscope.estimate.energies import BlockEnergies
+from hesscope.estimate.products import CountedProducts
+from hesscope.estimate.stopping import require_rtol
 from hesscope.operators import Operator, as_operator
 from hesscope.operators.operator import MatrixStrip
 from hesscope.partition.partition import Partition
 
 METHODS = ("auto", "exact", "closed_form", "probes")
+# Of the Gauss-Newton matrix and the empirical Fisher matrix alone.
+DUAL = "dual"
 DEFAULT_PROBES = 32
 
 # Up to this many parameters "auto" does not bother to estimate: the exact answer takes seconds.
@@ -55,6 +61,8 @@ def block_energies(
     partition: Partition,
     method: str = "auto",
     probes: int | None = None,
+    rtol: float = 0.05,
+    max_products: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> BlockEnergies:
@@ -64,22 +72,35 @@ def block_energies(
         matrix: an operator or dense matrix [P, P] (see as_operator).
         partition: B blocks of the P parameters.
         method: "exact" takes P products and no more memory than a few columns; "closed_form" makes the matrix of a
-            fully connected network by formula, strip by strip within 1 GiB; "probes" takes B products a probe and
-            gives standard errors; "auto" takes the closed form where there is one, up to 32768 parameters or where
-            it is less work than probes; "exact" up to 2048 parameters or where it needs fewer products than probes;
-            else "probes".
-        probes: number of independent probes, 32 unless told; each sees every block once.
+            fully connected network by formula, strip by strip within 1 GiB; "probes" estimates, with standard errors,
+            from products with random signs on one block at a time; "auto" takes the closed form where there is one, up
+            to 32768 parameters or where it is less work than probes; "exact" up to 2048 parameters or where it needs
+            fewer products than probes; else "probes". "dual", for a Gauss-Newton or empirical Fisher matrix, has all
+            energies of however many blocks from Gram matrices of its root's rows (see hesscope.estimate.dual).
+        probes: number of independent probes of every block, B products each. Unless told, as many as the tolerance
+            takes, spent on the blocks that need them, and with directions of large curvature taken exactly (see
+            hesscope.estimate.block_probes); "auto" expects 32 of every block. For "dual", the number of rows: unless
+            told, those for all loss terms and outputs where they are little work, else 256.
+        rtol: tolerated standard error of the diagonality, relative to it; twice that for every diagonal block that
+            holds at least 1 % of the energy. All other blocks have what comes with it, and their own standard errors.
+        max_products: budget for the tolerance; 32 for every block unless told, and at least 1000. The record's
+            `converged` and `message` say whether it sufficed.
         seed: root of the random streams; equal seeds give equal numbers.
         progress: called with (products done, products in all); for the closed form, with rows of the matrix.
 
     Raises:
-        InputError: an unknown method, fewer than 2 probes, probes given to another method, no closed form.
+        InputError: an unknown method, fewer than 2 probes, probes given to another method or with max_products, a
+            tolerance that is not positive, a budget of fewer than 2 products a block, no closed form.
         PartitionError: the partition does not fit the matrix.
         TooLargeError: the samples of all block pairs would not fit in memory, or a row in closed form not in 1 GiB.
         DataError: a product is not finite.
     """
     operator = as_operator(matrix)
     partition.require_fits(operator.shape[0])
+    require_choice("method", method, (*METHODS, DUAL))
+    _check_tolerance(len(partition), probes, rtol, max_products)
+    if method == DUAL:
+        return dual_energies(operator, partition, probes, seed, progress)
     settled = choose_method(operator.shape[0], len(partition), method, probes, _closed_form_fits(operator))
     if settled.name == "closed_form" and not operator.has_closed_form:
         raise InputError(
@@ -96,8 +117,22 @@ def block_energies(
             if progress is not None:
                 progress(chunk.stop, operator.shape[1])
         return BlockEnergies.exact(partition.labels, partition.sizes, total, provenance)
-    (samples,) = probe_samples((operator,), partition, seed, range(settled.probes), progress)
-    return BlockEnergies.from_samples(partition.labels, partition.sizes, samples, provenance)
+    named = (partition.labels, partition.sizes)
+    budget = default_max_products(len(partition), DEFAULT_PROBES) if max_products is None else max_products
+    if probes is None and budget >= least_budget(len(partition)):
+        products = CountedProducts(operator, progress)
+        columns = columns_to_tolerance(operator, partition, rtol, budget, seed, products)
+        energies = replace(BlockEnergies.from_columns(*named, columns, provenance), products=products.done)
+        reached = Reached.of(energies)
+        message = reached.message(rtol, energies.products, budget)
+        return replace(energies, converged=reached.met(rtol), message=message)
+    count = budget // len(partition) if probes is None else probes  # too few products for planning, if not told
+    (samples,) = probe_samples((operator,), partition, seed, range(count), progress)
+    energies = replace(BlockEnergies.from_samples(*named, samples, provenance), products=count * len(partition))
+    if probes is not None:
+        return energies
+    reached = Reached.of(energies)
+    return replace(energies, converged=reached.met(rtol), message=reached.message(rtol, energies.products, budget))
 
 
 def choose_method(parameters: int, blocks: int, method: str, probes: int | None, closed_form: bool = False) -> Method:
@@ -121,6 +156,17 @@ def choose_method(parameters: int, blocks: int, method: str, probes: int | None,
     if method == "probes":
         return Method("probes", count, blocks * count)
     return Method(method, 0, parameters if method == "exact" else 0)
+
+
+def _check_tolerance(blocks: int, probes: int | None, rtol: float, max_products: int | None) -> None:
+    require_rtol(rtol)
+    if max_products is None:
+        return
+    require_positive_int("max_products", max_products)
+    if probes is not None:
+        raise InputError("give probes (a fixed number) or max_products (a budget for rtol), not both")
+    if max_products < 2 * blocks:
+        raise InputError(f"max_products must be at least {2 * blocks} for {blocks} blocks, got {max_products}")
 
 
 def energies_provenance(operator: Operator, method: Method, seed: int) -> Provenance:
@@ -225,6 +271,8 @@ def probe_samples(
             V[members[block], column] = signs[members[block]]
         rows, columns = np.asarray(chunk).T
         for number, product in enumerate(with_difference([operator @ V for operator in operators])):
+            if not torch.isfinite(product).all():
+                raise DataError("a product with the operator is not finite: the matrix has undefined entries")
             samples[number, rows, :, columns] = _row_sums(product, assignment, blocks).T.cpu().numpy()
         if progress is not None:
             progress(start + len(chunk), len(pairs))

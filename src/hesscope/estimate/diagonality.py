@@ -154,17 +154,17 @@ class PartitionComparison:
         degrees, rows = int(dataset.attrs["degrees"]), {}
         for number, name in enumerate(dataset["partition"].to_numpy()):
             one = dataset.isel(partition=number)
-            figures = {
+            fields: dict[str, Any] = {
                 key: Figure(float(one[key]), float(one[f"{key}_stderr"]), degrees if one[f"{key}_stderr"] else 0)
                 for key in FIGURES
             }
+            fields |= {key: one[key].to_numpy() for key in OF_TENSORS}
             rows[str(name)] = Diagonality(
                 blocks=int(one["blocks"]),
                 largest=int(one["largest"]),
                 freedom=float(one["freedom"]),
                 share_of_entries=float(one["share_of_entries"]),
-                **figures,
-                **{key: one[key].to_numpy() for key in OF_TENSORS},
+                **fields,
                 replicates=(one["bits_replicates"].to_numpy(), one["tensor_energy_replicates"].to_numpy()),
             )
         return cls(

@@ -120,5 +120,5 @@ def piece_of_block(partition: Partition, pieces: tuple[int, ...]) -> npt.NDArray
 
 
 def _summed(energies: Tensor, groups: npt.NDArray[np.int64], count: int) -> Array:
-    found: Array = np.bincount(groups, weights=energies.cpu().numpy(), minlength=count)
+    found: Array = np.bincount(groups, energies.cpu().numpy(), count).astype(np.float64)
     return found

@@ -26,6 +26,7 @@ from hesscope.operators.closed_form.network import Network, recognize
 from hesscope.operators.closed_form.strips import cut_matrix
 from hesscope.operators.engines import ENGINES, Curve, LinearMap, Multiply, Sandwich, build
 from hesscope.operators.kept import Kept
+from hesscope.operators.logit_tiles import TILED_BYTES, LastLayer, find_last_layer, samples_independent, tiled
 from hesscope.operators.operator import STRIP_MEMORY, MatrixStrip, Operator, Restricted, as_positions
 from hesscope.operators.second_derivatives import explained, pull_back, require_symmetric, vectorizes
 
@@ -319,7 +320,7 @@ class _Curvature(Operator):
         count = min(max(PIECES, math.ceil(held / self._budget)), MOST_PIECES) if self._budget else FOR_LITTLE
         if self._asked == "forward_over_reverse" and held <= self._budget:
             count = 1  # this engine never keeps anything, however much memory there is
-        for piece in self.objective.pieces(theta, batch, index, count):
+        for piece in self._cut(theta, batch, index, count):
             matrix, linear = self._on(piece, index), None
             if self._streaming is not None:
                 linear = self._streaming.build(matrix, theta, self._pair[0])
@@ -333,6 +334,10 @@ class _Curvature(Operator):
             if linear is not None:
                 yield index, linear
             del linear
+
+    def _cut(self, theta: Tensor, batch: object, index: int, count: int) -> list[Any]:
+        """A batch as at most `count` batches that add up to it; itself if it cannot be cut."""
+        return self.objective.pieces(theta, batch, index, count)
 
     @abstractmethod
     def _on(self, batch: object, index: int) -> Curve | Sandwich:
@@ -426,12 +431,69 @@ class GaussNewton(_OutputCurvature):
 
     Products push a vector forward through J, through A, and back. Arguments and errors as for Hessian.
 
+    Where the logits of a batch are large (language models), cross-entropy is taken, and the model ends in an nn.Linear,
+    they are made a few positions at a time: a product never holds those of a batch (see `logit_tiles`, and `explain`).
+
     Raises:
         InputError: the loss is a callable, so that outputs and targets are not known.
     """
 
     name = "the Gauss-Newton matrix"
     kind = "gauss-newton"
+
+    def __init__(
+        self, objective: Objective, engine: str = "auto", compile: bool = False, memory: int | None = None
+    ) -> None:
+        super().__init__(objective, engine, compile, memory)
+        self._last: dict[int, LastLayer | str | None] = {}  # what makes the logits of a batch in tiles, or why nothing
+        self._independent: dict[int, bool] = {}  # as in Objective
+
+    @property
+    def engine(self) -> str:  # type: ignore[override]
+        """How products are computed, and whether logits are made in tiles."""
+        tiles = any(isinstance(last, LastLayer) for last in self._last.values())
+        return super().engine + (", logits in tiles" if tiles else "")
+
+    def explain(self) -> str:
+        """As for the Hessian; and whether logits are made in tiles, and why not."""
+        lines = [super().explain()]
+        for last in dict.fromkeys(self._last.values()):
+            if isinstance(last, LastLayer):
+                layer = f"{last.name or 'the model'} ({last.classes:,} classes)"
+                lines.append(f"  logits, which {layer} makes, are made a few positions at a time, not held whole")
+            elif last is not None:
+                lines.append(f"  logits are held whole: {last}")
+        return "\n".join(lines)
+
+    def _on(self, batch: object, index: int) -> Sandwich:
+        last = self._in_tiles(batch, index)
+        if last is None:
+            return super()._on(batch, index)
+        return tiled(self.objective, last, batch, index, self.name)
+
+    def _in_tiles(self, batch: object, index: int) -> LastLayer | None:
+        """The layer whose logits on a batch, or on a part of it, are made in tiles; None if they are not."""
+        if index not in self._last:
+            found: LastLayer | str | None = None
+            if self.objective.graph_bytes > TILED_BYTES:  # otherwise no logits can be as large as that
+                found = find_last_layer(self.objective, batch, index)
+            if isinstance(found, LastLayer) and found.logit_bytes(batch, index, self.dtype) <= TILED_BYTES:
+                found = None
+            self._last[index] = found
+        last = self._last[index]
+        return last if isinstance(last, LastLayer) else None
+
+    def _cut(self, theta: Tensor, batch: object, index: int, count: int) -> list[Any]:
+        last = self._in_tiles(batch, index)
+        if last is None:
+            return super()._cut(theta, batch, index, count)
+        if count not in self._independent:
+            self._independent[count] = samples_independent(self.objective, last, theta, batch, index, count)
+        return cut(batch, count) if self._independent[count] else [batch]
+
+    def _vectorizes(self, multiply: Multiply, index: int, columns: int) -> bool:
+        # A product that goes through tiles has no use for several vectors at once: each fills the caches by itself.
+        return not isinstance(self._last.get(index), LastLayer) and super()._vectorizes(multiply, index, columns)
 
     def _middle(self, outputs: Tensor, targets: Tensor) -> Multiply:
         leaf, gradient = output_gradient(self._loss, outputs, targets)

@@ -124,8 +124,8 @@ def load_objective(config: StudyConfig, base: Path) -> Objective:
     """The model on its data, as a STUDY.toml in the folder `base` describes them; half precision becomes float32."""
     with loading.importable_from(base):
         checkpoint = None if config.checkpoint is None else base / config.checkpoint
-        model = loading.load_model(config.model, config.model_arguments, checkpoint)
-        data = loading.load_data(config.data, config.data_arguments, config.loss)
+        model = loading.load_model(config.model, config.model_arguments, checkpoint, base)
+        data = loading.load_data(config.data, config.data_arguments, config.loss, base, (config.model, model))
         return Objective(model, loading.load_loss(config.loss), data)
 
 

@@ -14,11 +14,14 @@ from hesscope.core.errors import InputError
 EXAMPLE = """\
 # A hesscope study. Run it with:  hesscope analyze STUDY.toml   (how block-diagonal the Hessian is)
 #                            or:  hesscope spectrum STUDY.toml  (its eigenvalues, trace and norm, block by block)
+#                            or:  hesscope advise STUDY.toml    (which partition it is block-diagonal in)
 # Relative paths are relative to this file; so are the modules named below.
 
 # The network: a function that returns a torch.nn.Module, and what to call it with.
 model = "hesscope.models:one_hidden"
 model_arguments = { d = 64, m = 16, C = 10 }
+# Or a causal language model in a folder, as Hugging Face's save_pretrained writes it with its tokenizer:
+# model = "hf:DIR"    (model_arguments = { dtype = "float64" }, if float32 is not enough)
 
 # Its trained parameters (.pt or .safetensors). Leave out to measure the network as the function makes it.
 # checkpoint = "weights.safetensors"
@@ -26,6 +29,8 @@ model_arguments = { d = 64, m = 16, C = 10 }
 # The data: a function that returns (x, y) tensors, a list of batches or a DataLoader.
 data = "hesscope.data:digits"
 # data_arguments = {}
+# For a language model, text in UTF-8, the beginning of which is cut into windows of so many tokens:
+# data = "text:FILE"  and  data_arguments = { contexts = 8, length = 64 }    (and batch_size, if memory is short)
 
 # "cross_entropy", "mse", or "pkg.module:name" of a torch loss module, or of a
 # function(model, batch) -> (sum of the loss terms, number of terms).
@@ -61,6 +66,18 @@ block_steps = 30
 rtol = 0.02
 # Each of these, and either end of the spectrum, stops at this many products, done or not.
 # max_products = 1000
+
+# For advise; every line of it may be left out, and so may all of it.
+[advise]
+# "hessian", or "gauss_newton" (not for a loss of your own).
+matrix = "hessian"
+# What is compared; all schemes that fit the model unless told.
+# partitions = ["layer", "tensor", "row"]
+# Random vectors for each partition, a multiple of 8.
+probes = 64
+# Relative standard error of the energies of all pairs of tensors, and the products at which they stop, done or not.
+rtol = 0.05
+# max_products = 1000
 """
 
 
@@ -80,6 +97,18 @@ class SpectrumConfig(BaseModel):
     max_products: int | None = Field(default=None, ge=6)
 
 
+class AdviseConfig(BaseModel):
+    """The keys of STUDY.toml's section [advise] (see EXAMPLE)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    matrix: str = "hessian"
+    partitions: list[str] | None = None
+    probes: int = Field(default=64, ge=16, multiple_of=8)
+    rtol: float = Field(default=0.05, gt=0, lt=1)
+    max_products: int | None = Field(default=None, ge=20)
+
+
 class StudyConfig(BaseModel):
     """The keys of STUDY.toml (see EXAMPLE); relative paths are relative to the file."""
 
@@ -97,6 +126,7 @@ class StudyConfig(BaseModel):
     probes: int | None = None
     seed: int = 0
     spectrum: SpectrumConfig = Field(default_factory=SpectrumConfig)
+    advise: AdviseConfig = Field(default_factory=AdviseConfig)
 
 
 def read_config(path: Path) -> StudyConfig:
@@ -123,7 +153,8 @@ def read_config(path: Path) -> StudyConfig:
 def _in_words(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        section = SpectrumConfig if problem["loc"][0] == "spectrum" else StudyConfig
+        sections: dict[str, type[BaseModel]] = {"spectrum": SpectrumConfig, "advise": AdviseConfig}
+        section = sections.get(str(problem["loc"][0]), StudyConfig)
         return f"unknown key {key!r}{nearest(str(problem['loc'][-1]), section.model_fields)}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing"

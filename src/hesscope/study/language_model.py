@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hesscope.core.errors import HesscopeError, InputError, ModelError
-from hesscope.core.memory import require_memory
-
-MISSING = "hesscope head needs transformers: pip install 'hesscope[transformers]'"
+from hesscope.models import language_model
+from hesscope.models.language_model import in_short, quiet
 
 # What a model and its tokenizer are made of. Files up to HASHED bytes count with their content, larger ones (the
 # weights) with their size and time of change.
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".tiktoken")
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 HASHED = 2**24
 
 # The checks run on so many tokens, with the head's input scaled so that the largest logit is PROBED: a cap or a scale
@@ -32,9 +26,6 @@ HASHED = 2**24
 CHECKED = 8
 PROBED = 100.0
 TOLERANCE = 1e-4
-
-# Characters tokenized at first for each token wanted; more where that was not enough.
-CHARACTERS = 16
 
 # So many blanks in a token are counted rather than shown.
 LONG_RUN = 4
@@ -82,24 +73,7 @@ class LanguageModel:
         Raises:
             InputError: the text has fewer than two tokens, or one that the model's vocabulary does not have.
         """
-        share = CHARACTERS * count
-        with quiet():
-            found = self.tokenizer(text[:share])["input_ids"]
-            # The last tokens of a cut text may differ from those of the whole.
-            while len(found) < count + CHARACTERS and share < len(text):
-                share *= 4
-                found = self.tokenizer(text[:share])["input_ids"]
-        tokens = torch.tensor(found[:count], dtype=torch.long)
-        if len(tokens) < 2:
-            raise InputError(
-                f"the text gives {len(tokens)} token{'' if len(tokens) == 1 else 's'}, at least 2 are needed"
-            )
-        if int(tokens.max()) >= self.classes:
-            raise InputError(
-                f"the tokenizer gives token {int(tokens.max())}, but the model's vocabulary has {self.classes}: "
-                "they do not belong together"
-            )
-        return tokens
+        return language_model.first_tokens(self.tokenizer, text, count, self.classes)
 
     def token_text(self, token: int) -> str:
         """What a token stands for, in visible characters; `#number` for a row of the output layer without a token."""
@@ -189,7 +163,7 @@ class LanguageModel:
         except HesscopeError:
             raise
         except Exception as error:
-            raise ModelError(f"{type(self.model).__name__} fails on the text: {_short(error)}") from error
+            raise ModelError(f"{type(self.model).__name__} fails on the text: {in_short(error)}") from error
         finally:
             handle.remove()
 
@@ -200,19 +174,12 @@ def transformers_version() -> str:
     Raises:
         InputError: it is not installed.
     """
-    if util.find_spec("transformers") is None:
-        raise InputError(MISSING)
-    return metadata.version("transformers")
+    return language_model.transformers_version("hesscope head")
 
 
 def require_model_folder(folder: Path) -> None:
     """Raise InputError unless the folder looks like a saved model with its tokenizer."""
-    if not folder.is_dir():
-        raise InputError(f"--model = {folder} is not a folder; it must be one that save_pretrained wrote")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json: it holds no model that save_pretrained wrote")
-    if not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
-        raise InputError(f"{folder} has no tokenizer: save it beside the model (tokenizer.save_pretrained)")
+    language_model.require_model_folder(folder, "--model")
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -226,8 +193,8 @@ def model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def read_text(path: Path) -> str:
-    """A text file in UTF-8.
+def read_text(path: Path, argument: str = "--text") -> str:
+    """A text file in UTF-8; `argument` is what names it, for messages.
 
     Raises:
         InputError: it cannot be read, is empty, or is no text.
@@ -235,13 +202,13 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise InputError(f"--text: cannot read {path}: {error.strerror}") from error
+        raise InputError(f"{argument}: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"--text: {path} is not text in UTF-8 (byte {error.start})") from error
+        raise InputError(f"{argument}: {path} is not text in UTF-8 (byte {error.start})") from error
     if "\0" in text:
-        raise InputError(f"--text: {path} is not text: it has a zero byte")
+        raise InputError(f"{argument}: {path} is not text: it has a zero byte")
     if not text:
-        raise InputError(f"--text: {path} is empty")
+        raise InputError(f"{argument}: {path} is empty")
     return text
 
 
@@ -253,30 +220,21 @@ def load_language_model(folder: Path, dtype: torch.dtype) -> LanguageModel:
         ModelError: weights are missing or not finite, or the model has no output layer.
         TooLargeError: not even the files fit into memory.
     """
-    version = tuple(int(part) for part in transformers_version().split(".")[:2])
+    transformers_version()
     require_model_folder(folder)
-    weights = sum(path.stat().st_size for ending in ("safetensors", "bin") for path in folder.glob(f"*.{ending}"))
-    require_memory(weights, "cpu", f"the model in {folder}", "a smaller model")
-    local = {"local_files_only": True, "trust_remote_code": False}
-    with quiet():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        named = {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
-        try:
-            model, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **local, **named)
-        except Exception as error:
-            raise InputError(f"cannot load a causal language model from {folder}: {_short(error)}") from error
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        except Exception as error:
-            raise InputError(f"cannot load a tokenizer from {folder}: {_short(error)}") from error
-    missing = sorted(loaded["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{folder} lacks {len(missing)} of the tensors of {type(model).__name__}, {missing[0]} for one: "
-            "they would be random"
-        )
-    return _checked(model, tokenizer)
+    model: Any = language_model.load_network(folder, dtype)
+    model.requires_grad_(False)
+    weight = language_model.output_weight(model).detach()
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    return LanguageModel(
+        model,
+        language_model.load_tokenizer(folder),
+        weight,
+        None if bias is None else bias.detach(),
+        tied=isinstance(embedding, Tensor) and embedding.data_ptr() == weight.data_ptr(),
+        positions=language_model.positions_of(model),
+    )
 
 
 def visible(text: str) -> str:
@@ -290,50 +248,3 @@ def visible(text: str) -> str:
     )
     runs = re.sub(f" {{{LONG_RUN},}}", lambda run: f"{blank}\N{MULTIPLICATION SIGN}{len(run[0])}", escaped)
     return runs.replace(" ", blank)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what transformers logs, warns and draws while the body runs: it is meant for its own users."""
-    from transformers.utils import logging as chatter
-
-    level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    chatter.set_verbosity(logging.CRITICAL)
-    chatter.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        chatter.set_verbosity(level)
-        if bars:
-            chatter.enable_progress_bar()
-
-
-def _checked(model: Any, tokenizer: Any) -> LanguageModel:
-    head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        raise ModelError(f"{type(model).__name__} has no output layer with a weight of shape [vocabulary, width]")
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ModelError(f"{name} of the model holds values that are not finite")
-    model.eval().requires_grad_(False)
-    model.config.use_cache = False
-    bias = getattr(head, "bias", None)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    embedding = getattr(model.get_input_embeddings(), "weight", None)
-    return LanguageModel(
-        model,
-        tokenizer,
-        weight.detach(),
-        None if bias is None else bias.detach(),
-        tied=isinstance(embedding, Tensor) and embedding.data_ptr() == weight.data_ptr(),
-        positions=positions if isinstance(positions, int) and positions > 0 else None,
-    )
-
-
-def _short(error: Exception) -> str:
-    """Class and first line of an error of somebody else's."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"

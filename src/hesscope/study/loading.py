@@ -1,4 +1,4 @@
-"""Loading the user's own: functions by import path, checkpoints, partitions."""
+"""Loading the user's own: functions by import path, language models and text, checkpoints, partitions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesscope.core.checks import nearest
+from hesscope.core.checks import nearest, require_choice
 from hesscope.core.errors import HesscopeError, InputError
 from hesscope.data import LabelledData
+from hesscope.models.language_model import CausalModel, load_network, load_tokenizer, require_model_folder
+from hesscope.models.language_model import transformers_version as require_transformers
 from hesscope.partition import Partition
+from hesscope.study.language_model import read_text
 
 SCHEMES: dict[str, Callable[[nn.Module], Partition]] = {
     "tensor": Partition.by_tensor,
@@ -24,10 +27,15 @@ SCHEMES: dict[str, Callable[[nn.Module], Partition]] = {
     "row": Partition.by_row,
     "column": Partition.by_column,
     "head": Partition.by_head,
+    "module": Partition.by_module,
 }
 # Under which key training scripts keep the parameters in a checkpoint with more in it.
 NESTED_KEYS = ("state_dict", "model_state_dict", "model")
 NAMES_SHOWN = 5
+
+# What begins a path to a language model's folder, and to a text.
+FOLDER, TEXT = "hf:", "text:"
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @contextmanager
@@ -78,14 +86,61 @@ def call_factory(key: str, path: str, arguments: dict[str, Any]) -> Any:
         raise InputError(f"{key} = {path!r} failed: {_one_line(error)}") from error
 
 
-def load_model(path: str, arguments: dict[str, Any], checkpoint: Path | None) -> nn.Module:
-    """The network, with the checkpoint's parameters if one is given."""
-    model = call_factory("model", path, arguments)
+def load_model(path: str, arguments: dict[str, Any], checkpoint: Path | None, base: Path = Path()) -> nn.Module:
+    """The network, with the checkpoint's parameters if one is given; `base`: what "hf:DIR" is relative to."""
+    model = load_folder(path, arguments, base) if path.startswith(FOLDER) else call_factory("model", path, arguments)
     if not isinstance(model, nn.Module):
         raise InputError(f"model = {path!r} must return a torch.nn.Module, got {type(model).__name__}")
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model
+
+
+def load_folder(path: str, arguments: dict[str, Any], base: Path) -> nn.Module:
+    """The causal language model of "hf:DIR"; its one argument is dtype, "float32" unless told, or "float64".
+
+    Raises:
+        InputError: transformers is missing, another argument, or no such model.
+    """
+    require_arguments("model", path, arguments, {"dtype": str})
+    dtype = arguments.get("dtype", "float32")
+    require_choice("dtype of model_arguments", dtype, DTYPES)
+    require_transformers(f"model = {path!r}")
+    folder = base / path.removeprefix(FOLDER)
+    require_model_folder(folder, "model")
+    return load_network(folder, DTYPES[dtype])
+
+
+def load_text(
+    path: str, arguments: dict[str, Any], base: Path, model_path: str, model: nn.Module
+) -> list[dict[str, Tensor]]:
+    """The batches of "text:FILE" in tokens of the model's own tokenizer; arguments as of CausalModel.batches.
+
+    Raises:
+        InputError: the model is no "hf:DIR", an argument does not fit, the file is no text or too short, or tokenizer
+            and model do not belong together.
+    """
+    if not model_path.startswith(FOLDER):
+        raise InputError(
+            f"data = {path!r} needs the tokenizer of a language model: model = 'hf:DIR', got {model_path!r}"
+        )
+    require_arguments("data", path, arguments, {"contexts": int, "length": int, "batch_size": int})
+    text = read_text(base / path.removeprefix(TEXT), "data")
+    tokenizer = load_tokenizer(base / model_path.removeprefix(FOLDER))
+    return CausalModel(model, tokenizer).batches(text, **arguments)
+
+
+def require_arguments(key: str, path: str, arguments: dict[str, Any], accepted: dict[str, type]) -> None:
+    """Raise InputError for an argument that is not accepted, or of another type; `key` is the configuration key."""
+    for name, value in arguments.items():
+        if name not in accepted:
+            raise InputError(
+                f"{key}_arguments has the unknown key {name!r}; {key} = {path!r} takes {', '.join(accepted)}"
+                f"{nearest(name, accepted)}"
+            )
+        if type(value) is not accepted[name]:
+            kind = "a whole number" if accepted[name] is int else "a text"
+            raise InputError(f"{name} of {key}_arguments must be {kind}, got {value!r}")
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
@@ -116,8 +171,15 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
-def load_data(path: str, arguments: dict[str, Any], loss: str) -> Any:
-    """What the data function returns; hesscope's own data sets with targets as the loss wants them."""
+def load_data(
+    path: str, arguments: dict[str, Any], loss: str, base: Path = Path(), model: tuple[str, nn.Module] | None = None
+) -> Any:
+    """What the data function returns; hesscope's own data sets with targets as the loss wants them.
+
+    base, model: what "text:FILE" is relative to, and for which model (as configured, and loaded) it is cut into tokens.
+    """
+    if path.startswith(TEXT) and model is not None:
+        return load_text(path, arguments, base, *model)
     data = call_factory("data", path, arguments)
     return data.batch(loss) if isinstance(data, LabelledData) else data
 
