@@ -310,3 +310,11 @@ def test_a_root_that_is_not_real_is_no_obstacle():
     for label in p.labels:
         exact = np.linalg.eigvalsh(matrix[p.indices(label)][:, p.indices(label)])
         assert relative_error(found.eigenvalues(label), exact) < 1e-12
+
+
+def test_equal_eigenvalues_that_rounding_sets_apart_change_nothing():
+    A = torch.diag(torch.tensor([0.0] * 6 + [1.0] * 4 + [0.0] * 4 + [1.0] * 6, dtype=torch.float64))
+    halves = hs.Partition.from_blocks({"a": range(10), "b": range(10, 20)})
+    plain = hs.block_spectra(A, halves, method="exact").heterogeneity
+    noisy = A + 1e-15 * torch.diag(randn(20, seed=1))
+    assert hs.block_spectra(noisy, halves, method="exact").heterogeneity == pytest.approx(plain, rel=1e-6)

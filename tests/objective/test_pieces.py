@@ -9,7 +9,7 @@ import hesscope as hs
 from hesscope.objective.batches import tensors_in
 from hesscope.objective.pieces import cut
 from hesscope.operators import Operator
-from tests.helpers import build, inputs_for, randint, randn, randomized, relative_error
+from tests.helpers import F64, build, inputs_for, randint, randn, randomized, relative_error
 from tests.operators import zoo
 
 CLASSES = 3
@@ -170,3 +170,25 @@ def test_odd_numbers(samples, count, sizes):
     assert [len(piece[0]) for piece in pieces] == sizes
     assert torch.equal(torch.cat([piece[0] for piece in pieces]), x)
     assert torch.equal(torch.cat([piece[1] for piece in pieces]), y)
+
+
+class CentredInside(torch.nn.Module):
+    """Its samples depend on each other, which a batch of one sample does not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(4, 5, dtype=F64), torch.nn.Linear(5, 3, dtype=F64)
+
+    def forward(self, x):
+        z = torch.tanh(self.inner(x))
+        return self.outer(z - z.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("matrix", [hs.Hessian, hs.GaussNewton])
+def test_a_first_batch_of_one_sample_proves_nothing_about_the_others(matrix):
+    batches = [(randn(n, 4, seed=n), randint(3, n, seed=n + 1)) for n in (1, 60)]
+    objective = hs.Objective(randomized(CentredInside()), "cross_entropy", batches)
+    v = randn(objective.parameters.size, seed=3)
+    truth = matrix(objective) @ v
+    assert relative_error(matrix(objective, memory=0) @ v, truth) < 1e-10
+    assert relative_error(matrix(objective, memory=2000) @ v, truth) < 1e-10

@@ -22,6 +22,9 @@ INTERRUPTED = 130
 
 Number = TypeVar("Number", int, float)
 
+# Parameters whose cuts are printed; all are in advice.json.
+CUTS_SHOWN = 12
+
 app = typer.Typer(
     name="hesscope",
     help="Measures, predicts and explains the structure of neural-network Hessians.",
@@ -186,9 +189,12 @@ def advise(
     store = prepared.store
     result = store.require(RESULT)
     print(advise_headline(result))
-    for table in (advise_table(result), cut_table(result)[:13]):
+    cuts = cut_table(result)
+    for table in (advise_table(result), cuts[: 1 + CUTS_SHOWN]):
         print()
         _print_table(table)
+    if len(cuts) > 1 + CUTS_SHOWN:
+        print(f"... and {len(cuts) - 1 - CUTS_SHOWN} more, with less energy")
     print()
     print(f"advice: {write_advice(prepared.folder, result).resolve()}")
     page = write_advise_page(

@@ -51,6 +51,8 @@ def choose_partition(comparison: PartitionComparison) -> Verdict:
     rows = {name: row for name, row in comparison.rows.items() if row.blocks > 1}
     if not rows:
         raise InputError("there is no partition of more than one block to choose from")
+    if not any(np.isfinite(row.energy.value) for row in rows.values()):
+        return Verdict(None, None, 1.0, "the matrix is zero")
     structured = [name for name, row in rows.items() if _exceeds(row)]
     if not structured:
         best = max(rows, key=lambda name: _number(rows[name].beyond_chance.value))
@@ -60,8 +62,9 @@ def choose_partition(comparison: PartitionComparison) -> Verdict:
             None,
             best,
             doubt,
-            f"no partition keeps more than chance would by {STRUCTURE:.0%} of the rest: the best of them, {best}, "
-            f"keeps {rows[best].energy.value:.1%} of the energy, where chance keeps {rows[best].chance.value:.1%}",
+            f"no partition keeps more than chance would, by {STRUCTURE:.0%} of the rest and beyond doubt: the best of "
+            f"them, {best}, keeps {rows[best].energy.value:.1%} of the energy, where chance keeps "
+            f"{rows[best].chance.value:.1%}",
         )
     order = sorted(structured, key=lambda name: -rows[name].bits.value)
     best, second = order[0], order[1] if len(order) > 1 else None

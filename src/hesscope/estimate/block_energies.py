@@ -116,7 +116,8 @@ def block_energies(
             total += energies_of_columns(operator.columns(chunk), partition, chunk)
             if progress is not None:
                 progress(chunk.stop, operator.shape[1])
-        return BlockEnergies.exact(partition.labels, partition.sizes, total, provenance)
+        exact = BlockEnergies.exact(partition.labels, partition.sizes, total, provenance)
+        return replace(exact, products=operator.shape[1], message="exact")
     named = (partition.labels, partition.sizes)
     budget = default_max_products(len(partition), DEFAULT_PROBES) if max_products is None else max_products
     if probes is None and budget >= least_budget(len(partition)):

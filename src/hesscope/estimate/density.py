@@ -278,7 +278,7 @@ class SpectralDensity:
     def _resolved(self) -> list[Quadrature]:
         """Nodes, each once and ascending, and weights of every probe; of exact eigenvalues few quantiles."""
         resolved = used(self.nodes, self.weights)
-        return [few_quantiles(resolved[0][0])] if self.exact else resolved
+        return [few_quantiles(resolved[0][0], self._rounding)] if self.exact else resolved
 
     def _moments(self, k: int) -> Array:
         """q.A^k q of every probe, [probes]."""

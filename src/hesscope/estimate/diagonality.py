@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from hesscope.core.memory import available_bytes, require_memory
 from hesscope.core.records import Provenance, require_xarray_kind
 from hesscope.estimate.eigenpairs import top_eigenpairs
 from hesscope.estimate.energies import Interval
+from hesscope.estimate.lanczos import power_of_two
 from hesscope.estimate.low_rank import LowRank
-from hesscope.estimate.pinching import Pinched, piece_of_block, pinched_samples
+from hesscope.estimate.pinching import Pinched, Scaled, by_block, piece_of_block, pinched_samples
 from hesscope.estimate.products import CountedProducts, Progress
 from hesscope.estimate.symmetry import require_symmetric
 from hesscope.operators import Operator, as_operator
@@ -39,6 +40,8 @@ GROUPS, DEFAULT_PROBES = 8, 64
 SKETCH, LEADING, MEMORY_SHARE, VECTORS_PER_COLUMN = 16, 8, 0.25, 8
 # Accuracy of the eigenvector that a spectral norm is measured along; the norm's own error is its square.
 SPECTRAL_RTOL = 0.03
+# Products that the norm of the matrix may take, and mostly does.
+MOST_NORM, TYPICAL_NORM = 60, 20
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,11 @@ class Diagonality:
             of freedom spared.
         frobenius_error: ||H - bd(H)|| / ||H|| in the Frobenius norm, sqrt(1 - D).
         spectral_error: the same in the spectral norm; where estimated, |x.(H - bd(H)) x| / ||H|| for the leading
-            eigenvector x of what a sketch of H has of H - bd(H): but for its standard error, a lower bound.
+            eigenvector x of what a sketch of H has of H - bd(H): but for its standard error, a lower bound. (||H|| is
+            the leading eigenvalue, good to a part in a thousand.)
         curvature_kept: g.bd(H) g / g.H g for the vector g that was given; nan without one.
         tensor_energy: [T] energy in the blocks within each tensor; tensor_chance, tensor_entries: [T] chance and share
-            of entries within it. nan where blocks reach into two tensors.
+            of entries among the tensor's own rows and columns. nan where blocks reach into two tensors.
         replicates: leave-one-group-out values [G] of `bits`, and [G, T] of tensor_energy; empty if exact.
     """
 
@@ -155,8 +159,7 @@ class PartitionComparison:
         for number, name in enumerate(dataset["partition"].to_numpy()):
             one = dataset.isel(partition=number)
             fields: dict[str, Any] = {
-                key: Figure(float(one[key]), float(one[f"{key}_stderr"]), degrees if one[f"{key}_stderr"] else 0)
-                for key in FIGURES
+                key: Figure(float(one[key]), float(one[f"{key}_stderr"]), degrees) for key in FIGURES
             }
             fields |= {key: one[key].to_numpy() for key in OF_TENSORS}
             rows[str(name)] = Diagonality(
@@ -216,18 +219,16 @@ def compare_partitions(
         if not isinstance(partition, Partition):
             raise InputError(f"partitions[{name!r}] must be a hesscope.Partition, got {type(partition).__name__}")
         partition.require_fits(size)
-    if vector is not None and (vector.shape != (size,) or vector.dtype != operator.dtype):
-        raise InputError(f"vector must be {operator.dtype} of shape [{size}], got {vector.dtype} {list(vector.shape)}")
-    pieces = {"": size} if tensors is None else dict(tensors)
-    if sum(pieces.values()) != size:
-        raise InputError(f"tensors must cover the {size} parameters, got {sum(pieces.values())}")
+    _require_vector(vector, operator)
+    pieces = {"": size} if tensors is None else _checked_tensors(tensors, size)
     require_symmetric(operator)
     names = tuple(pieces) if tensors is not None else ()
     counted = CountedProducts(operator, progress)
     exact = method == "exact" or (method == "auto" and size <= EXACT_SIZE)
-    rows = dict(
-        (_exact if exact else _estimated)(operator, partitions, vector, tuple(pieces.values()), probes, seed, counted)
-    )
+    given = (operator, partitions, vector, tuple(pieces.values()))
+    rows = dict(_exact(*given, counted) if exact else _estimated(*given, probes, seed, counted))
+    if tensors is None:
+        rows = {name: _without_tensors(row) for name, row in rows.items()}
     return PartitionComparison(
         rows=rows,
         tensors=names,
@@ -242,6 +243,31 @@ def compare_partitions(
     )
 
 
+def _require_vector(vector: object, operator: Operator) -> None:
+    size = operator.shape[0]
+    if vector is None:
+        return
+    if not isinstance(vector, Tensor) or vector.shape != (size,) or vector.dtype != operator.dtype:
+        given = f"{vector.dtype} {list(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
+        raise InputError(f"vector must be {operator.dtype} of shape [{size}], got {given}")
+    if not bool(vector.isfinite().all()):
+        raise InputError("vector has entries that are not finite")
+
+
+def _checked_tensors(tensors: object, size: int) -> dict[str, int]:
+    if not isinstance(tensors, Mapping) or not all(isinstance(n, int) and n > 0 for n in tensors.values()):
+        raise InputError("tensors must be a dict of name -> number of parameters, each at least 1")
+    if sum(tensors.values()) != size:
+        raise InputError(f"tensors must cover the {size} parameters, got {sum(tensors.values())}")
+    return {str(name): count for name, count in tensors.items()}
+
+
+def _without_tensors(row: Diagonality) -> Diagonality:
+    bits, energies = row.replicates
+    none = np.empty(0)
+    return replace(row, tensor_energy=none, tensor_chance=none, tensor_entries=none, replicates=(bits, energies[:, :0]))
+
+
 # --- exactly ----------------------------------------------------------------------------------------------------------
 
 
@@ -250,8 +276,6 @@ def _exact(
     partitions: Mapping[str, Partition],
     vector: Tensor | None,
     pieces: tuple[int, ...],
-    probes: int,
-    seed: int,
     products: CountedProducts,
 ) -> Iterator[tuple[str, Diagonality]]:
     products.expect(operator.shape[0])
@@ -260,14 +284,16 @@ def _exact(
     H = H / scale if scale > 0 else H
     products.done = operator.shape[0]
     norm = float(torch.linalg.matrix_norm(H, 2))
+    tensor = torch.repeat_interleave(torch.arange(len(pieces)), torch.tensor(pieces)).to(H.device)
+    within = (H * (tensor[:, None] == tensor)).square().sum(dim=1)
     for name, partition in partitions.items():
         assignment = torch.from_numpy(partition.assignment.astype(np.int64)).to(H.device)
         kept = H * (assignment[:, None] == assignment)
         energies = kept.square().sum(dim=1)
-        tensor_energy = np.array([float(part.sum()) for part in torch.split(energies, list(pieces))]) * scale**2
-        of_rows = torch.zeros(len(partition), dtype=torch.float64, device=H.device)
-        of_rows.index_add_(0, assignment, H.square().sum(dim=1))
-        rows = of_rows.cpu().numpy()[None]
+        tensor_energy = np.array([float(part.sum()) * scale * scale for part in torch.split(energies, list(pieces))])
+        rows, own_rows = (
+            by_block(each, assignment, len(partition)).cpu().numpy()[None] for each in (H.square().sum(dim=1), within)
+        )
         spectral = _over(float(torch.linalg.matrix_norm(H - kept, 2)), norm)
         curvature = float("nan")
         if vector is not None:
@@ -288,7 +314,7 @@ def _exact(
                     "curvature_kept": Figure(curvature),
                 },
                 tensor_energy if _own_pieces(partition, pieces) == pieces else np.full(len(pieces), np.nan),
-                rows,
+                own_rows,
                 pieces,
                 (np.empty(0), np.empty((0, len(pieces)))),
             ),
@@ -313,18 +339,26 @@ def _estimated(
     width = int(MEMORY_SHARE * available_bytes(operator.device)) // (VECTORS_PER_COLUMN * 8 * size)
     width = max(1, min(SKETCH, size // 4, width))
     vectors = 1 if vector is None else 2
-    products.expect(2 * width + len(partitions) * (GROUPS * (each + 2 * vectors) + 1) + vectors - 1)
+    whole = Partition(tuple(map(str, range(len(pieces)))), np.repeat(np.arange(len(pieces)), pieces).astype(np.int32))
+    own = len(pieces) > 1
+    products.expect(2 * width + (len(partitions) + own) * (GROUPS * (each + 2 * vectors) + 1) + TYPICAL_NORM)
     low_rank = LowRank.of(operator, width, seed, products)
-    norm = float(low_rank.values.abs().max())
-    gHg = None if vector is None else float(vector.double() @ products(vector[:, None])[:, 0].double())
+    # Nothing below depends on the matrix's scale, so that squares neither vanish nor burst.
+    scale = power_of_two(float(low_rank.values.abs().max()))
+    low_rank = low_rank.scaled(1 / scale)
+    matrix = Scaled(products, low_rank, 1 / scale)
+    leading = top_eigenpairs(operator, 1, which="LM", rtol=SPECTRAL_RTOL, seed=seed, max_products=MOST_NORM)
+    norm = abs(float(leading.values[0])) / scale
+    products.done += leading.products
+    gHg = None if vector is None else matrix.form(vector)
+    plan = (GROUPS, each, seed)
+    # Energies of rows within the tensors: what chance within a tensor goes by.
+    inner = pinched_samples(matrix, whole, pieces, plan, "tensors", (), entries=True).entries if own else None
     for name, partition in partitions.items():
         x = _leading(low_rank.truncated(LEADING), partition, seed)
-        xHx = float(x.double() @ products(x[:, None])[:, 0].double())
         given = (x,) if vector is None else (x, vector)
-        samples = pinched_samples(
-            operator, low_rank, partition, _own_pieces(partition, pieces), GROUPS, each, seed, name, given, products
-        )
-        yield name, _from_samples(samples, partition, pieces, xHx, norm, gHg)
+        samples = pinched_samples(matrix, partition, _own_pieces(partition, pieces), plan, name, given)
+        yield name, _from_samples(samples, partition, pieces, inner, (matrix.form(x), norm, gHg), scale)
 
 
 def _own_pieces(partition: Partition, pieces: tuple[int, ...]) -> tuple[int, ...]:
@@ -363,8 +397,17 @@ class _OffDiagonal(Operator):
 
 
 def _from_samples(
-    samples: Pinched, partition: Partition, pieces: tuple[int, ...], xHx: float, norm: float, gHg: float | None
+    samples: Pinched,
+    partition: Partition,
+    pieces: tuple[int, ...],
+    inner: tuple[Tensor, ...] | None,
+    forms: tuple[float, float, float | None],
+    scale: float,
 ) -> Diagonality:
+    """The record; inner: energies of single rows within the tensors, a vector [P] for each group; forms: x.H x, ||H||
+    and g.H g.
+    """
+    xHx, norm, gHg = forms
     total = samples.kept.sum(axis=1)
     degrees = len(total) - 1
     whole = np.array(_figures(total, samples.rows, partition))
@@ -379,12 +422,16 @@ def _from_samples(
     frobenius = float(np.sqrt(max(1 - D, 0.0)))
     along = abs(xHx - samples.forms[0].mean()) / norm if norm > 0 else 0.0
     spectral = Figure(float(along), _stderr(samples.forms[0]) / norm if norm > 0 else 0.0, degrees)
-    curvature = Figure(float("nan"))
-    if gHg is not None:
-        curvature = Figure(_over(float(samples.forms[1].mean()), gHg), _stderr(samples.forms[1]) / abs(gHg), degrees)
+    curvature = Figure(float("nan"), 0.0, degrees)
+    if gHg:
+        curvature = Figure(float(samples.forms[1].mean()) / gHg, _stderr(samples.forms[1]) / abs(gHg), degrees)
     split = samples.kept.shape[1] == len(pieces)
     count = len(total)
-    kept = samples.kept if split else np.full((count, len(pieces)), np.nan)
+    kept = samples.kept * scale * scale if split else np.full((count, len(pieces)), np.nan)
+    own_rows = samples.rows
+    if inner is not None:
+        assignment = torch.from_numpy(partition.assignment.astype(np.int64)).to(inner[0].device)
+        own_rows = np.array([by_block(each, assignment, len(partition)).cpu().numpy() for each in inner])
     return _record(
         partition,
         {
@@ -397,7 +444,7 @@ def _from_samples(
             "curvature_kept": curvature,
         },
         kept.mean(axis=0),
-        samples.rows,
+        own_rows,
         pieces,
         (without[:, 3], (kept.sum(axis=0) - kept) / (count - 1)),
     )
@@ -414,7 +461,7 @@ def _record(
     pieces: tuple[int, ...],
     replicates: tuple[Array, Array],
 ) -> Diagonality:
-    """The record, given the energies of rows of blocks, rows [G, B]."""
+    """The record, given the energies of rows of blocks within their tensors, rows [G, B]."""
     sizes = np.asarray(partition.sizes, dtype=float)
     chance, entries = (np.full(len(pieces), np.nan) for _ in range(2))
     if _own_pieces(partition, pieces) == pieces:

@@ -40,12 +40,17 @@ class LowRank:
         sketch = Sketch.of(W, products(W), products)
         Q, Z = sketch.Q.double(), sketch.Z.double()
         basis, R = torch.linalg.qr(torch.cat([Q, Z], dim=1))
-        core, unit = torch.zeros_like(R @ R.T), torch.eye(width, dtype=R.dtype, device=R.device)
+        unit = torch.eye(width, dtype=R.dtype, device=R.device)
+        core = torch.zeros(2 * width, 2 * width, dtype=R.dtype, device=R.device)
         core[:width, :width] = -(Q.T @ Z + Z.T @ Q) / 2
         core[:width, width:] = core[width:, :width] = unit
         values, vectors = torch.linalg.eigh(R @ core @ R.T)
         order = values.abs().argsort(descending=True)
         return cls((basis @ vectors[:, order]).to(operator.dtype), values[order].cpu())
+
+    def scaled(self, factor: float) -> LowRank:
+        """The matrix times a number."""
+        return LowRank(self.U, self.values * factor)
 
     def truncated(self, rank: int) -> LowRank:
         """The `rank` largest in magnitude."""

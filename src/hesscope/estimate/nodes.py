@@ -30,12 +30,14 @@ def merged(nodes: Array, weights: Array, rounding: float) -> list[Quadrature]:
     return result
 
 
-def few_quantiles(values: Array) -> Quadrature:
-    """EXACT_NODES quantiles of the values, each once, with how often they come as weights."""
+def few_quantiles(values: Array, rounding: float) -> Quadrature:
+    """EXACT_NODES quantiles of the values, each once but for `rounding`, with how often they come as weights."""
     count = min(EXACT_NODES, len(values))
     ranks = ((np.arange(count) + 0.5) / count * len(values)).astype(np.int64)
-    nodes, multiples = np.unique(np.sort(values)[ranks], return_counts=True)
-    return nodes, multiples / count
+    chosen = np.sort(values)[ranks]
+    # Equal eigenvalues come out apart by their rounding, which is no gap between them.
+    ((nodes, weights),) = merged(chosen[None], np.full((1, count), 1 / count), rounding)
+    return nodes, weights
 
 
 def weighted_quantile(values: Array, weights: Array, level: float) -> float:

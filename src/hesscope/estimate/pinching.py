@@ -28,6 +28,38 @@ from hesscope.partition.partition import Partition
 
 Array = npt.NDArray[np.float64]
 
+# Rows that are taken to float64 at once.
+ROWS_AT_ONCE = 2**20
+
+
+# From this share of the energy on the diagonal on, what lies off it is estimated directly.
+MOSTLY_DIAGONAL = 0.9
+
+# Groups of probes, signs for each group, and the seed.
+Plan = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A matrix times `factor`, by counted products, and its part of low rank (times the factor already)."""
+
+    products: CountedProducts
+    low_rank: LowRank
+    factor: float
+
+    @property
+    def operator(self) -> Operator:
+        """The matrix itself."""
+        return self.products.operator
+
+    def __call__(self, V: Tensor) -> Tensor:
+        """Products with V [P, K]."""
+        return self.products(V) * self.factor
+
+    def form(self, v: Tensor) -> float:
+        """v.H v, times the factor."""
+        return float(v.double() @ self(v[:, None])[:, 0].double())
+
 
 @dataclass(frozen=True)
 class Pinched:
@@ -37,65 +69,80 @@ class Pinched:
         kept: [G, T] energy in the diagonal blocks, for each of T consecutive pieces of the parameter vector.
         rows: [G, B] energy ||H_j||^2 in the rows of each block.
         forms: [G] sum_j g_j.H_jj g_j for each of some vectors g.
+        entries: for each group [P], float64: energy of every single row within its block; None unless asked for.
     """
 
     kept: Array
     rows: Array
     forms: tuple[Array, ...]
+    entries: tuple[Tensor, ...] | None
 
 
 def pinched_samples(
-    operator: Operator,
-    low_rank: LowRank,
+    matrix: Scaled,
     partition: Partition,
     pieces: tuple[int, ...],
-    groups: int,
-    signs_per_group: int,
-    seed: int,
+    plan: Plan,
     name: str,
     vectors: tuple[Tensor, ...],
-    products: CountedProducts,
+    entries: bool = False,
 ) -> Pinched:
-    """Samples for one partition; takes groups * (signs_per_group + 2 len(vectors)) products.
+    """Samples for one partition; takes groups * (signs per group + 2 len(vectors)) products.
 
     Args:
         pieces: sizes of the T pieces of the parameter vector; no block may reach into two of them, unless T = 1.
         name: of the partition's stream of signs; the vectors v are the same for all partitions, so that these can be
             compared with less error than each has.
         vectors: [P] each, whose quadratic forms with the block-diagonal part are wanted.
+        entries: whether the energies of single rows are kept.
     """
-    device, blocks = operator.device, len(partition)
-    assignment = torch.from_numpy(partition.assignment.astype(np.int64)).to(device)
+    (groups, each, seed), low_rank, operator = plan, matrix.low_rank, matrix.operator
+    blocks = len(partition)
+    assignment = torch.from_numpy(partition.assignment.astype(np.int64)).to(operator.device)
     exact = _summed(low_rank.block_energies(partition), piece_of_block(partition, pieces), len(pieces))
-    base = _by_block(low_rank.row_energies(), assignment, blocks)
+    base = low_rank.row_energies()
     held = [float(v.double() @ low_rank.pinched(assignment, blocks, v).double()) for v in vectors]
-    kept, rows = np.empty((groups, len(pieces))), np.empty((groups, blocks))
+    kept, off, rows = np.empty((groups, len(pieces))), np.empty((groups, len(pieces))), np.empty((groups, blocks))
     forms = tuple(np.empty(groups) for _ in vectors)
+    single: list[Tensor] = []
     for group in range(groups):
         (v,) = signs(operator, seed, "pinching", "vectors", range(group, group + 1)).T
-        drawn = _block_signs(operator, assignment, blocks, seed, name, group, signs_per_group)
+        drawn = _block_signs(operator, assignment, blocks, seed, name, group, each)
         W = drawn * v[:, None]
-        image = products(W)
         captured = low_rank @ W
+        rest = matrix(W) - captured
         # Rows: ||H_j||^2 = ||A_j||^2 + E[2 (A w)_j . (R w)_j + ||(R w)_j||^2].
-        rest = image - captured
-        sampled = (rest * (rest + 2 * captured)).double().mean(dim=1)
-        rows[group] = (base + _by_block(sampled, assignment, blocks)).cpu().numpy()
-        Y = rest * drawn
+        of_rows = base + (rest * (rest + 2 * captured)).mean(dim=1, dtype=torch.float64)
+        rows[group] = by_block(of_rows, assignment, blocks).cpu().numpy()
+        Y, Z = rest * drawn, captured * drawn
         across = low_rank.pinched(assignment, blocks, v)
         start = 0
         for piece, size in enumerate(pieces):
-            part = Y[start : start + size].double()
-            pairs = part.sum(dim=1).square().sum() - part.square().sum()
-            cross = across[start : start + size].double() @ part.mean(dim=1)
-            count = signs_per_group * (signs_per_group - 1)
-            kept[group, piece] = exact[piece] + 2 * float(cross) + float(pairs) / count
+            place = slice(start, start + size)
+            part = Y[place].double()
+            cross = float(across[place].double() @ part.mean(dim=1))
+            kept[group, piece] = exact[piece] + 2 * cross + float(_pairs(part).sum())
+            # E ||S_a H S_a v - S_b H S_b v||^2 / 2 = ||H - bd H||^2, 0 to the last digit for a block-diagonal H.
+            spread = float((part + Z[place].double()).var(dim=1).sum())
+            off[group, piece] = float(of_rows[place].sum()) - spread
             start += size
+        if entries:
+            whole = Y + across[:, None]  # bd(A) + S R S, times v
+            single.append(torch.cat([_pairs(part.double()) for part in torch.split(whole, ROWS_AT_ONCE)]))
         for number, vector in enumerate(vectors):
             X = drawn[:, :2] * vector[:, None]
-            remainder = (X * (products(X) - low_rank @ X)).sum(dtype=torch.float64) / 2
+            remainder = (X * (matrix(X) - low_rank @ X)).sum(dtype=torch.float64) / 2
             forms[number][group] = held[number] + float(remainder)
-    return Pinched(kept, rows, forms)
+    if kept.sum() > MOSTLY_DIAGONAL * rows.sum():
+        kept = off
+    return Pinched(kept, rows, forms, tuple(single) if entries else None)
+
+
+def _pairs(images: Tensor) -> Tensor:
+    """Mean of y_a y_b over pairs a != b of the columns of images [n, m], entry by entry, [n]."""
+    count = images.shape[1]
+    found: Tensor = (images.sum(dim=1).square() - images.square().sum(dim=1)) / (count * (count - 1))
+    return found
 
 
 def _block_signs(
@@ -106,7 +153,8 @@ def _block_signs(
     return drawn.to(operator.device).to(operator.dtype)[assignment]
 
 
-def _by_block(entries: Tensor, assignment: Tensor, blocks: int) -> Tensor:
+def by_block(entries: Tensor, assignment: Tensor, blocks: int) -> Tensor:
+    """Sums of entries [P] over each block, [B] float64."""
     return torch.zeros(blocks, dtype=torch.float64, device=entries.device).index_add_(0, assignment, entries)
 
 

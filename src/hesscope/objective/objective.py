@@ -78,7 +78,8 @@ class Objective:
         self._watch = ForwardWatch(self.parameters.dtype)
         self._data = as_batches(data)
         self._inspection = self._inspect()
-        self._independent: dict[int, bool] = {}  # whether batches can be cut into so many pieces, found when needed
+        # Whether a batch can be cut into so many pieces, by (count, index); found when needed.
+        self._independent: dict[tuple[int, int], bool] = {}
 
     @property
     def num_terms(self) -> float:
@@ -180,14 +181,15 @@ class Objective:
     def pieces(self, theta: Tensor, batch: Any, index: int, count: int) -> list[Any]:
         """The batch cut into at most `count` batches whose losses add up to its own; itself if that is not so.
 
-        Whether samples are independent of each other is tested on the first batch that is to be cut into so many: the
-        loss, the outputs and a random combination of their gradients must be those of the whole.
+        Whether samples are independent of each other is tested once on every batch that is to be cut (one of a single
+        sample, or of equal ones, tells nothing about the others): the loss, the outputs and a random combination of
+        their gradients must be those of the whole.
         """
         if isinstance(self.loss, BatchLoss):
             return [batch]
-        if count not in self._independent:
-            self._independent[count] = self._samples_independent(theta, batch, index, count)
-        return cut(batch, count) if self._independent[count] else [batch]
+        if (count, index) not in self._independent:
+            self._independent[count, index] = self._samples_independent(theta, batch, index, count)
+        return cut(batch, count) if self._independent[count, index] else [batch]
 
     def _samples_independent(self, theta: Tensor, batch: Any, index: int, count: int) -> bool:
         assert isinstance(self.loss, OutputLoss)

@@ -446,7 +446,7 @@ class GaussNewton(_OutputCurvature):
     ) -> None:
         super().__init__(objective, engine, compile, memory)
         self._last: dict[int, LastLayer | str | None] = {}  # what makes the logits of a batch in tiles, or why nothing
-        self._independent: dict[int, bool] = {}  # as in Objective
+        self._independent: dict[tuple[int, int], bool] = {}  # as in Objective
 
     @property
     def engine(self) -> str:  # type: ignore[override]
@@ -487,9 +487,9 @@ class GaussNewton(_OutputCurvature):
         last = self._in_tiles(batch, index)
         if last is None:
             return super()._cut(theta, batch, index, count)
-        if count not in self._independent:
-            self._independent[count] = samples_independent(self.objective, last, theta, batch, index, count)
-        return cut(batch, count) if self._independent[count] else [batch]
+        if (count, index) not in self._independent:
+            self._independent[count, index] = samples_independent(self.objective, last, theta, batch, index, count)
+        return cut(batch, count) if self._independent[count, index] else [batch]
 
     def _vectorizes(self, multiply: Multiply, index: int, columns: int) -> bool:
         # A product that goes through tiles has no use for several vectors at once: each fills the caches by itself.

@@ -51,7 +51,7 @@ def curvature_root(loss: OutputLoss, outputs: Tensor, targets: Tensor) -> Output
         curvature = pull_back(gradient, leaf, torch.ones_like(outputs).unsqueeze(0), vectorized=False)[0]
         root = _root_of_weights(curvature, loss)
         return OutputRoot(lambda u: root * u, lambda v: root * v, root > 0)
-    raise InputError(f"the loss {loss.name} has no known root of its Hessian at the outputs; use method='probes'")
+    raise InputError(f"the loss {loss.name} has no known root of its Hessian at the outputs; choose another method")
 
 
 def gradient_root(loss: OutputLoss, outputs: Tensor, targets: Tensor) -> OutputRoot:
@@ -105,6 +105,6 @@ def _root_of_weights(weights: Tensor, loss: OutputLoss) -> Tensor:
     if weights.numel() and float(weights.min()) < -ROUNDINGS * torch.finfo(weights.dtype).eps * largest:
         raise InputError(
             f"the second derivative of {loss.name} at the outputs is negative (smallest {float(weights.min()):.3g}): "
-            "without a real root there is no dual form; use method='probes'"
+            "without a real root there is no dual form; choose another method"
         )
     return weights.clamp(min=0).sqrt()

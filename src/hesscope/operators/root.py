@@ -183,6 +183,6 @@ def root_of(operator: Operator, pieces: int = 1) -> Root:
     if not isinstance(inner, (GaussNewton, EmpiricalFisher)):
         raise InputError(
             f"the dual form needs a root of the matrix, which a hesscope.GaussNewton has, got {operator.engine}; "
-            "use method='probes'"
+            "choose another method"
         )
     return Root(inner, factor, pieces)

@@ -152,8 +152,9 @@ def vectorizes(multiply: Callable[[Tensor, bool], Tensor], example: Tensor) -> b
 
 def agree(first: Tensor, second: Tensor) -> bool:
     """Whether two results are equal up to rounding."""
-    allowed = ROUNDINGS * torch.finfo(first.dtype).eps * max(float(first.norm()), float(second.norm()))
-    return float((first - second).norm()) <= allowed
+    eps = torch.finfo(first.dtype).eps
+    first, second = first.double(), second.double()  # squares of small numbers vanish in float32
+    return float((first - second).norm()) <= ROUNDINGS * eps * max(float(first.norm()), float(second.norm()))
 
 
 def require_symmetric(pair: Tensor, products: Tensor, what: str) -> None:
@@ -162,11 +163,12 @@ def require_symmetric(pair: Tensor, products: Tensor, what: str) -> None:
     A Hessian is symmetric unless an operation's second derivative is wrong: PyTorch's own of weight_norm, gradients
     scaled by frequency, some custom functions whose backward detaches. Nothing else would show.
     """
-    (u, v), (Hu, Hv) = pair, products
+    (u, v), (Hu, Hv) = pair.double(), products.double()  # squares of small numbers vanish in float32
     gap = abs(float(u @ Hv) - float(v @ Hu))
     scale = float(u.norm() * Hv.norm() + v.norm() * Hu.norm())
     if gap > ROUNDINGS * torch.finfo(pair.dtype).eps * scale:
+        relative = gap / scale if scale else 1.0
         raise ModelError(
-            f"{what} is not symmetric (relative gap {gap / scale:.1g}): an operation has a wrong second derivative, "
+            f"{what} is not symmetric (relative gap {relative:.1g}): an operation has a wrong second derivative, "
             "like torch's weight_norm, Embedding(scale_grad_by_freq=True) or a custom function whose backward detaches"
         )

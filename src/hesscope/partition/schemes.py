@@ -83,6 +83,10 @@ def _with_others(name: str, shape: tuple[int, ...], label: str, outcome: str) ->
     return whole(name, shape, name, "owned by no submodule", matched=False)
 
 
+# Modules whose axes are known to be outputs and inputs: a single one is a row, too.
+KNOWN = (nn.Linear, nn.Bilinear, nn.Embedding, nn.modules.conv._ConvNd)
+
+
 def _matrix(name: str, shape: tuple[int, ...], owner: nn.Module, axis: int, axis_of_experts: int | None) -> SplitTensor:
     """Cut along axis 0 or 1, or along that axis of every expert; norms and vectors stay whole."""
     if isinstance(owner, NORMS):
@@ -95,6 +99,8 @@ def _matrix(name: str, shape: tuple[int, ...], owner: nn.Module, axis: int, axis
         return _experts(name, shape, axis_of_experts)
     if axis == 1 and (groups := groups_of(owner)) > 1:
         return _grouped(name, shape, groups)
+    if shape[axis] == 1 and not isinstance(owner, KNOWN):
+        return whole(name, shape, name, f"of length 1 along axis {axis}", matched=False)
     labels = tuple(f"{name}[{':, ' * axis}{index}]" for index in range(shape[axis]))
     return along_axis(name, shape, axis, labels, np.arange(shape[axis], dtype=np.int32), f"along axis {axis}")
 

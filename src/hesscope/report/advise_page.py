@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,8 @@ def advise_headline(result: xr.Dataset) -> str:
     verdict = json.loads(result.attrs["verdict"])
     matrix = MATRIX_NAMES[result.attrs["matrix"]]
     best = verdict["name"]
+    if verdict["runner_up"] is None and best is None:
+        return f"The {matrix} is zero: the loss is linear in the parameters."
     if best is None:
         row = rows[verdict["runner_up"]]
         return (
@@ -53,18 +54,20 @@ def advise_headline(result: xr.Dataset) -> str:
     return (
         f"{'Hardly' if row.energy.value < HARDLY else 'Best'} block-diagonal: with one block per {_scheme(best)}, the "
         f"{matrix} has {_with_error(row.energy)} of its energy in the diagonal blocks, where chance gives "
-        f"{percent(row.chance.value)}.{_within(rows)}"
+        f"{percent(row.chance.value)}.{_within(result)}"
     )
 
 
-def _within(rows: Mapping[str, Diagonality]) -> str:
-    """What the cuts keep of the tensors' own blocks."""
-    if "mixed" not in rows or "tensor" not in rows or not rows["tensor"].energy.value > 0:
+def _within(result: xr.Dataset) -> str:
+    """What the cuts keep of the tensors' own blocks, as the table of cuts has it."""
+    choices = json.loads(result.attrs["choices"]).values()
+    shares = np.array([max(choice["share"], 0.0) for choice in choices])
+    kept = np.array([choice["energy"][0] for choice in choices])
+    if shares.sum() == 0 or not any(choice["energy"][0] < 1 for choice in choices):
         return ""
-    share = rows["mixed"].energy.value / rows["tensor"].energy.value
-    if not 0 < share < 1:
-        return ""
-    return f" Within the tensors themselves, the cuts advised below keep {percent(share)}."
+    return (
+        f" Within the tensors themselves, the cuts advised below keep {percent(float(shares @ kept / shares.sum()))}."
+    )
 
 
 def advise_table(result: xr.Dataset) -> list[tuple[str, ...]]:
@@ -87,8 +90,17 @@ def cut_table(result: xr.Dataset) -> list[tuple[str, ...]]:
         kept = "—" if cut["scheme"] == "whole" else _with_error(energy)
         chance = "—" if cut["scheme"] == "whole" else percent(choice["chance"])
         shape = " × ".join(map(str, cut["shape"]))
-        found.append((name, shape, percent(choice["share"]), how, blocks, where, kept, chance))
-    header = ("parameter", "shape", "share of energy", "cut", "blocks", "blocks are", "energy kept in it", "chance")
+        found.append((name, shape, percent(max(choice["share"], 0.0)), how, blocks, where, kept, chance))
+    header = (
+        "parameter",
+        "shape",
+        "share of the tensors' energy",
+        "cut",
+        "blocks",
+        "blocks are",
+        "energy kept in it",
+        "chance",
+    )
     return [header, *found]
 
 
@@ -179,21 +191,30 @@ def _table_row(name: str, row: Diagonality) -> tuple[str, ...]:
 
 def _error_rows(comparison: PartitionComparison) -> list[tuple[str, str, str, str]]:
     return [
-        (name, f"{row.freedom:.3g}", _with_error(row.frobenius_error), _with_error(row.spectral_error))
+        (name, f"{row.freedom:,.0f}", _with_error(row.frobenius_error), _bound(row.spectral_error))
         for name in _ordered(comparison.rows)
         for row in [comparison.rows[name]]
     ]
 
 
+def _bound(error: Figure) -> str:
+    """An estimate is a lower bound."""
+    if not np.isfinite(error.value):
+        return "—"
+    return percent(error.value) if error.degrees == 0 else f"≥ {percent(error.value)}"
+
+
 def _cards(comparison: PartitionComparison, verdict: Any) -> list[dict[str, str]]:
     rows = comparison.rows
     name = verdict["name"] or verdict["runner_up"]
+    if name is None:
+        return []
     row = rows[name]
     cards = [
         {
             "title": "advised" if verdict["name"] else "not to be split",
             "value": f"by {name}" if verdict["name"] else "—",
-            "what": f"better than {verdict['runner_up']} with a probability of {percent(verdict['sureness'])}"
+            "what": f"more bits than {verdict['runner_up']} with a probability of {percent(verdict['sureness'])}"
             if verdict["name"] and verdict["runner_up"]
             else verdict["reason"],
         },

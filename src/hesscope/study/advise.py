@@ -6,6 +6,7 @@ Results of steps are records of `hesscope.estimate`, one file each.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from hesscope.core.checks import nearest, require_choice
 from hesscope.core.errors import InputError, PartitionError
 from hesscope.core.files import atomic_path
-from hesscope.estimate.advice import TensorChoice, Verdict, choose_by_tensor, choose_partition
+from hesscope.core.rng import stream
+from hesscope.estimate.advice import TensorChoice, choose_by_tensor, choose_partition
 from hesscope.estimate.block_energies import block_energies
 from hesscope.estimate.block_spectra import block_spectra
 from hesscope.estimate.diagonality import EXACT_SIZE, PartitionComparison, compare_partitions
@@ -26,7 +29,7 @@ from hesscope.objective.losses import OutputLoss
 from hesscope.operators import GaussNewton, Hessian
 from hesscope.partition import Partition
 from hesscope.study import loading
-from hesscope.study.analyze import Point, load_objective, settings_fingerprint
+from hesscope.study.analyze import Point, human_seconds, load_objective, settings_fingerprint
 from hesscope.study.config import AdviseConfig, StudyConfig
 from hesscope.study.spectrum import MATRICES
 from hesscope.study.steps import Progress, Reporter, Step, run_steps
@@ -38,6 +41,12 @@ if TYPE_CHECKING:
 # Names of the steps, and of the partition that cuts every tensor in its own way.
 COMPARISON, ENERGIES, SPECTRA, ZOOM = "advice-comparison", "advice-energies", "advice-spectra", "advice-zoom"
 MIXED_STEP, MIXED, RESULT = "advice-mixed", "mixed", "advice"
+NO_HEADS = (
+    "no attention is known in this model (of your own: 'pkg.module:function' in advise.partitions that returns "
+    "hesscope.Partition.by_head(model, heads=...))"
+)
+# Products of the map of energies where nothing is hard, for the plan only.
+TYPICAL_ENERGIES = 250
 # Schemes that cut within tensors, from which every tensor gets its own.
 WITHIN = ("head", "row", "column")
 WHOLE = "tensor"
@@ -120,11 +129,11 @@ def prepare_advise(config: StudyConfig, base: Path) -> AdviseStudy:
     with loading.importable_from(base):
         for scheme in dict.fromkeys([WHOLE, *(settings.partitions or loading.SCHEMES)]):
             try:
-                found = loading.load_partition(scheme, objective.model)
+                found = loading.load_partition(scheme, objective.model, "advise.partitions")
             except PartitionError as error:
                 if settings.partitions:  # asked for by name
                     raise
-                left_out[scheme] = str(error)
+                left_out[scheme] = NO_HEADS if scheme == "head" else str(error)
                 continue
             twin = next((name for name, other in partitions.items() if _same(found, other)), None)
             if twin is None or settings.partitions:
@@ -154,6 +163,8 @@ def describe_advise(study: AdviseStudy) -> list[tuple[str, str]]:
     """What is about to be done: (what, how much) lines."""
     objective = study.objective
     space = objective.parameters
+    products = expected_products(study)
+    seconds = time_product(study)
     compared = ", ".join(f"{name} ({len(partition):,} blocks)" for name, partition in study.partitions.items())
     return [
         ("model", f"{type(objective.model).__name__}, {space.size:,} parameters in {len(space.names)} tensors"),
@@ -163,8 +174,33 @@ def describe_advise(study: AdviseStudy) -> list[tuple[str, str]]:
         ),
         ("compared", compared),
         *((f"no {scheme}", reason) for scheme, reason in study.left_out.items()),
+        ("time", f"about {human_seconds(seconds * products)} ({products:,} products of {1000 * seconds:.2g} ms)"),
         ("results", str(study.folder)),
     ]
+
+
+def expected_products(study: AdviseStudy) -> int:
+    """Products of all steps where nothing is hard; the map to zoom into counts as much as that of energies."""
+    size, probes = study.objective.parameters.size, study.settings.probes
+    if size <= EXACT_SIZE:
+        return 3 * size
+    spectra = 0
+    if study.of_spectra:
+        blocks = len(loading.SCHEMES[study.of_spectra](study.objective.model))
+        spectra = blocks * SPECTRA_PROBES * SPECTRA_STEPS
+    return (len(study.partitions) + 3) * (probes + 32) + TYPICAL_ENERGIES * (1 + study.zooms) + spectra
+
+
+def time_product(study: AdviseStudy) -> float:
+    """Seconds that a product takes, after the first."""
+    operator = study.operator
+    V = torch.zeros(operator.shape[0], min(operator.columns_per_pass, 8), dtype=operator.dtype, device=operator.device)
+    elapsed = []
+    for _ in range(2):
+        start = time.perf_counter()
+        _ = (operator @ V).sum().item()
+        elapsed.append(time.perf_counter() - start)
+    return min(elapsed) / V.shape[1]
 
 
 def run_advise(study: AdviseStudy, report: Reporter) -> int:
@@ -200,12 +236,15 @@ def advice_json(result: xr.Dataset) -> dict[str, Any]:
     """What an optimizer needs, as plain values: verdict, and for every parameter the axis and size of its blocks.
 
     `parameter_groups` are the same as groups of parameters that are cut alike, in the form that Adam-mini's take: every
-    `block_size` consecutive indices along `axis` share one second moment (all of a tensor, if axis is null).
+    `block_size` consecutive indices along `axis` share one second moment, or all of a tensor, if the scheme is "whole".
+    Tensors whose blocks are no equal slices along one axis (columns of grouped convolutions) are `irregular`: their
+    blocks are those of the partition of that scheme.
     """
     parameters: dict[str, Any] = json.loads(result.attrs["parameters_cut"])
     groups: dict[tuple[str, Any, Any], list[str]] = {}
     for name, cut in parameters.items():
         groups.setdefault((cut["scheme"], cut["axis"], cut["block_size"]), []).append(name)
+    irregular = [group for (scheme, axis, _), group in groups.items() if scheme != "whole" and axis is None]
     return {
         "model": result.attrs["model_class"],
         "matrix": result.attrs["matrix"],
@@ -214,7 +253,9 @@ def advice_json(result: xr.Dataset) -> dict[str, Any]:
         "parameter_groups": [
             {"params": names, "scheme": scheme, "axis": axis, "block_size": size}
             for (scheme, axis, size), names in groups.items()
+            if scheme == "whole" or axis is not None
         ],
+        "irregular": [name for names in irregular for name in names],
     }
 
 
@@ -248,7 +289,7 @@ def _compare_mixed(study: AdviseStudy, progress: Progress) -> xr.Dataset:
         study.objective.gradient(),
         study.tensors,
         probes=study.settings.probes,
-        seed=study.config.seed + 1,
+        seed=int(stream(study.config.seed, "advise", MIXED).integers(2**62)),
         progress=lambda done, whole: progress(done / whole),
     )
     return found.to_xarray()
@@ -347,7 +388,7 @@ def _merged(study: AdviseStudy) -> xr.Dataset:
     )
     return together.to_xarray().assign_attrs(
         verdict=json.dumps(asdict(verdict)),
-        parameters_cut=json.dumps(_cuts(study, choices, verdict)),
+        parameters_cut=json.dumps(_cuts(study, choices)),
         choices=json.dumps({name: _plain(choice) for name, choice in choices.items()}),
         left_out=json.dumps(dict(study.left_out)),
         config=json.dumps(study.config.model_dump(exclude_none=True, exclude={"spectrum"})),
@@ -362,8 +403,10 @@ def _merged(study: AdviseStudy) -> xr.Dataset:
     )
 
 
-def _cuts(study: AdviseStudy, choices: Mapping[str, TensorChoice], verdict: Verdict) -> dict[str, Any]:
-    """Parameter -> scheme, axis, block size along it and number of blocks; whole tensors have axis null."""
+def _cuts(study: AdviseStudy, choices: Mapping[str, TensorChoice]) -> dict[str, Any]:
+    """Parameter -> scheme, axis, block size along it and number of blocks; axis is null where the tensor is whole, and
+    where its blocks are no equal slices along one axis.
+    """
     space = study.objective.parameters
     cuts: dict[str, Any] = {}
     for name, shape in zip(space.names, space.shapes, strict=True):

@@ -36,7 +36,7 @@ data = "hesscope.data:digits"
 # function(model, batch) -> (sum of the loss terms, number of terms).
 loss = "cross_entropy"
 
-# Blocks: "tensor", "layer", "row" (one per neuron), "column", "head",
+# Blocks: "tensor", "layer", "module" (one per unit of the network), "row" (one per neuron), "column", "head",
 # or "pkg.module:function" that takes the model and returns a hesscope.Partition.
 # (spectrum takes layers where these are more than 64 blocks, or where this line is left out.)
 partition = "row"
@@ -71,7 +71,7 @@ rtol = 0.02
 [advise]
 # "hessian", or "gauss_newton" (not for a loss of your own).
 matrix = "hessian"
-# What is compared; all schemes that fit the model unless told.
+# What is compared, beside "tensor"; all schemes that fit the model unless told, whatever `partition` says.
 # partitions = ["layer", "tensor", "row"]
 # Random vectors for each partition, a multiple of 8.
 probes = 64

@@ -181,6 +181,8 @@ def load_data(
     if path.startswith(TEXT) and model is not None:
         return load_text(path, arguments, base, *model)
     data = call_factory("data", path, arguments)
+    if isinstance(data, LabelledData) and model is not None and model[0].startswith(FOLDER):
+        raise InputError(f"data = {path!r} is no text, which model = {model[0]!r} needs: data = 'text:FILE'")
     return data.batch(loss) if isinstance(data, LabelledData) else data
 
 
@@ -192,18 +194,18 @@ def load_loss(loss: str) -> Any:
     return found() if isinstance(found, type) and issubclass(found, nn.Module) else found
 
 
-def load_partition(partition: str, model: nn.Module) -> Partition:
-    """One of the schemes by name, or what the function at an import path makes of the model."""
+def load_partition(partition: str, model: nn.Module, key: str = "partition") -> Partition:
+    """One of the schemes by name, or what the function at an import path makes of the model; `key`: for messages."""
     if partition in SCHEMES:
         return SCHEMES[partition](model)
     if ":" not in partition:
         accepted = ", ".join(repr(name) for name in SCHEMES)
         raise InputError(
-            f"partition = {partition!r} must be one of {accepted} or 'pkg.module:function'{nearest(partition, SCHEMES)}"
+            f"{key} = {partition!r} must be one of {accepted} or 'pkg.module:function'{nearest(partition, SCHEMES)}"
         )
-    made = call_factory("partition", partition, {"model": model})
+    made = call_factory(key, partition, {"model": model})
     if not isinstance(made, Partition):
-        raise InputError(f"partition = {partition!r} must return a hesscope.Partition, got {type(made).__name__}")
+        raise InputError(f"{key} = {partition!r} must return a hesscope.Partition, got {type(made).__name__}")
     return made
 
 
