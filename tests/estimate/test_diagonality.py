@@ -172,7 +172,7 @@ def test_products_are_few_however_many_blocks():
     found = compare_partitions(
         H, {"all": hs.Partition.from_blocks({str(j): [j] for j in range(300)})}, method="probes", probes=64
     )
-    assert 2 * 16 + 64 + 8 * 2 + 1 < found.products < 2 * 16 + 64 + 8 * 2 + 1 + 61
+    assert 2 * 16 + 64 + 8 + 1 < found.products < 2 * 16 + 64 + 8 + 1 + 61
     truth = float(H.diagonal().square().sum() / H.square().sum())
     assert abs(found.rows["all"].energy.value - truth) < 5 * found.rows["all"].energy.stderr < truth
 

@@ -227,6 +227,7 @@ def compare_partitions(
     exact = method == "exact" or (method == "auto" and size <= EXACT_SIZE)
     given = (operator, partitions, vector, tuple(pieces.values()))
     rows = dict(_exact(*given, counted) if exact else _estimated(*given, probes, seed, counted))
+    rows = {name: rows[name] for name in partitions}
     if tensors is None:
         rows = {name: _without_tensors(row) for name, row in rows.items()}
     return PartitionComparison(
@@ -340,8 +341,9 @@ def _estimated(
     width = max(1, min(SKETCH, size // 4, width))
     vectors = 1 if vector is None else 2
     whole = Partition(tuple(map(str, range(len(pieces)))), np.repeat(np.arange(len(pieces)), pieces).astype(np.int32))
-    own = len(pieces) > 1
-    products.expect(2 * width + (len(partitions) + own) * (GROUPS * (each + 2 * vectors) + 1) + TYPICAL_NORM)
+    twin = next((name for name, own in partitions.items() if np.array_equal(own.assignment, whole.assignment)), None)
+    own = len(pieces) > 1 and twin is None
+    products.expect(2 * width + (len(partitions) + own) * (GROUPS * (each + vectors) + 1) + TYPICAL_NORM)
     low_rank = LowRank.of(operator, width, seed, products)
     # Nothing below depends on the matrix's scale, so that squares neither vanish nor burst.
     scale = power_of_two(float(low_rank.values.abs().max()))
@@ -354,10 +356,13 @@ def _estimated(
     plan = (GROUPS, each, seed)
     # Energies of rows within the tensors: what chance within a tensor goes by.
     inner = pinched_samples(matrix, whole, pieces, plan, "tensors", (), entries=True).entries if own else None
-    for name, partition in partitions.items():
+    for name in sorted(partitions, key=lambda name: name != twin):
+        partition = partitions[name]
         x = _leading(low_rank.truncated(LEADING), partition, seed)
         given = (x,) if vector is None else (x, vector)
-        samples = pinched_samples(matrix, partition, _own_pieces(partition, pieces), plan, name, given)
+        entries = name == twin and len(pieces) > 1
+        samples = pinched_samples(matrix, partition, _own_pieces(partition, pieces), plan, name, given, entries)
+        inner = samples.entries if entries else inner
         yield name, _from_samples(samples, partition, pieces, inner, (matrix.form(x), norm, gHg), scale)
 
 

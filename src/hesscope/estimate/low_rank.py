@@ -58,7 +58,9 @@ class LowRank:
 
     def __matmul__(self, V: Tensor) -> Tensor:
         """Product with V [P] or [P, K]."""
-        product: Tensor = (self.U * self.values.to(self.U)) @ (self.U.T @ V)
+        inner = self.U.T @ V
+        weights = self.values.to(self.U)
+        product: Tensor = self.U @ (inner * (weights if V.ndim == 1 else weights[:, None]))
         return product
 
     def row_energies(self) -> Tensor:
@@ -84,7 +86,7 @@ class LowRank:
         for rows, entries, numbers in parts:
             inner.index_add_(0, numbers, rows * entries[:, None])
         inner *= self.values.to(inner)
-        return torch.cat([(rows * inner[numbers]).sum(dim=1) for rows, _, numbers in parts])
+        return torch.cat([torch.linalg.vecdot(rows, inner[numbers]) for rows, _, numbers in parts])
 
 
 def _alike(partition: Partition, entries: int) -> Iterator[tuple[Tensor, Tensor]]:

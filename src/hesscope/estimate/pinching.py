@@ -34,6 +34,8 @@ ROWS_AT_ONCE = 2**20
 
 # From this share of the energy on the diagonal on, what lies off it is estimated directly.
 MOSTLY_DIAGONAL = 0.9
+# The first group tells whether it may come to that.
+NEARLY = 0.5
 
 # Groups of probes, signs for each group, and the seed.
 Plan = tuple[int, int, int]
@@ -87,7 +89,7 @@ def pinched_samples(
     vectors: tuple[Tensor, ...],
     entries: bool = False,
 ) -> Pinched:
-    """Samples for one partition; takes groups * (signs per group + 2 len(vectors)) products.
+    """Samples for one partition; takes groups * (signs per group + len(vectors)) products.
 
     Args:
         pieces: sizes of the T pieces of the parameter vector; no block may reach into two of them, unless T = 1.
@@ -105,6 +107,7 @@ def pinched_samples(
     kept, off, rows = np.empty((groups, len(pieces))), np.empty((groups, len(pieces))), np.empty((groups, blocks))
     forms = tuple(np.empty(groups) for _ in vectors)
     single: list[Tensor] = []
+    near = False
     for group in range(groups):
         (v,) = signs(operator, seed, "pinching", "vectors", range(group, group + 1)).T
         drawn = _block_signs(operator, assignment, blocks, seed, name, group, each)
@@ -114,28 +117,40 @@ def pinched_samples(
         # Rows: ||H_j||^2 = ||A_j||^2 + E[2 (A w)_j . (R w)_j + ||(R w)_j||^2].
         of_rows = base + (rest * (rest + 2 * captured)).mean(dim=1, dtype=torch.float64)
         rows[group] = by_block(of_rows, assignment, blocks).cpu().numpy()
-        Y, Z = rest * drawn, captured * drawn
+        Y = rest * drawn
         across = low_rank.pinched(assignment, blocks, v)
         start = 0
         for piece, size in enumerate(pieces):
             place = slice(start, start + size)
-            part = Y[place].double()
-            cross = float(across[place].double() @ part.mean(dim=1))
-            kept[group, piece] = exact[piece] + 2 * cross + float(_pairs(part).sum())
-            # E ||S_a H S_a v - S_b H S_b v||^2 / 2 = ||H - bd H||^2, 0 to the last digit for a block-diagonal H.
-            spread = float((part + Z[place].double()).var(dim=1).sum())
-            off[group, piece] = float(of_rows[place].sum()) - spread
+            cross = float(across[place].double() @ Y[place].mean(dim=1, dtype=torch.float64))
+            kept[group, piece] = exact[piece] + 2 * cross + _pairs_in_all(Y[place])
             start += size
+        if group == 0:
+            near = bool(kept[0].sum() > NEARLY * rows[0].sum())
+        if near:
+            # E ||S_a H S_a v - S_b H S_b v||^2 / 2 = ||H - bd H||^2, 0 to the last digit for a block-diagonal H.
+            spread = (Y + captured * drawn).double().var(dim=1)
+            off[group] = [
+                float((a - b).sum()) for a, b in zip(of_rows.split(pieces), spread.split(pieces), strict=True)
+            ]
         if entries:
             whole = Y + across[:, None]  # bd(A) + S R S, times v
             single.append(torch.cat([_pairs(part.double()) for part in torch.split(whole, ROWS_AT_ONCE)]))
         for number, vector in enumerate(vectors):
-            X = drawn[:, :2] * vector[:, None]
-            remainder = (X * (matrix(X) - low_rank @ X)).sum(dtype=torch.float64) / 2
+            X = drawn[:, :1] * vector[:, None]
+            remainder = (X * (matrix(X) - low_rank @ X)).sum(dtype=torch.float64)
             forms[number][group] = held[number] + float(remainder)
-    if kept.sum() > MOSTLY_DIAGONAL * rows.sum():
+    if near and kept.sum() > MOSTLY_DIAGONAL * rows.sum():
         kept = off
     return Pinched(kept, rows, forms, tuple(single) if entries else None)
+
+
+def _pairs_in_all(images: Tensor) -> float:
+    """Sum over entries of the mean of y_a y_b over pairs a != b of the columns of images [n, m]."""
+    gram = torch.zeros(images.shape[1], images.shape[1], dtype=torch.float64, device=images.device)
+    for part in torch.split(images, ROWS_AT_ONCE // 8):
+        gram += (part.T @ part).double()
+    return float(gram.sum() - gram.trace()) / (len(gram) * (len(gram) - 1))
 
 
 def _pairs(images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ MOST_BLOCKS = 120
 # The map to zoom into has about so many blocks at most: heads where there are any, else groups of rows.
 MOST_ZOOMED = 600
 # Spectra are of blocks of the coarsest level that has at least two and at most so many.
-MOST_SPECTRA, SPECTRA_PROBES, SPECTRA_STEPS = 24, 3, 20
+MOST_SPECTRA, SPECTRA_PROBES, SPECTRA_STEPS = 24, 2, 16
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,6 @@ def _compare_mixed(study: AdviseStudy, progress: Progress) -> xr.Dataset:
         study.operator,
         {MIXED: mixed_partition(study, choices)},
         study.objective.gradient(),
-        study.tensors,
         probes=study.settings.probes,
         seed=int(stream(study.config.seed, "advise", MIXED).integers(2**62)),
         progress=lambda done, whole: progress(done / whole),
@@ -382,7 +381,16 @@ def _merged(study: AdviseStudy) -> xr.Dataset:
     comparison = PartitionComparison.from_xarray(study.store.require(COMPARISON))
     mixed = PartitionComparison.from_xarray(study.store.require(MIXED_STEP))
     choices, verdict = _choices(study), choose_partition(comparison)
-    rows = {**comparison.rows, **mixed.rows}
+    unknown = np.full(len(comparison.tensors), np.nan)
+    without = np.full((len(mixed.rows[MIXED].replicates[0]), len(comparison.tensors)), np.nan)
+    row = replace(
+        mixed.rows[MIXED],
+        tensor_energy=unknown,
+        tensor_chance=unknown,
+        tensor_entries=unknown,
+        replicates=(mixed.rows[MIXED].replicates[0], without),
+    )
+    rows = {**comparison.rows, MIXED: row}
     together = PartitionComparison(
         rows, comparison.tensors, comparison.products + mixed.products, comparison.provenance
     )
