@@ -109,7 +109,7 @@ def dual() -> list[Row]:
 
 
 def fine_partition(model: torch.nn.Module) -> hs.Partition:
-    """Heads, and rows elsewhere in 32 groups a tensor."""
+    """Heads, and rows elsewhere in 40 groups a tensor."""
     heads, rows = hs.Partition.by_head(model, heads=HEADS), hs.Partition.by_row(model)
     space = hs.ParameterSpace.of(model)
     assignment, labels = np.empty(space.size, dtype=np.int32), []
@@ -117,7 +117,7 @@ def fine_partition(model: torch.nn.Module) -> hs.Partition:
         place = space.slice(name)
         split = len(np.unique(heads.assignment[place])) > 1
         numbers, own = np.unique((heads if split else rows).assignment[place], return_inverse=True)
-        step = 1 if split else -(-len(numbers) // 32)
+        step = 1 if split else -(-len(numbers) // 40)
         own = own // step
         assignment[place] = own + len(labels)
         labels += [f"{name}({k})" for k in range(int(own.max()) + 1)]

@@ -74,7 +74,7 @@ matrix = "hessian"
 # What is compared, beside "tensor"; all schemes that fit the model unless told, whatever `partition` says.
 # partitions = ["layer", "tensor", "row"]
 # Random vectors for each partition, a multiple of 8.
-probes = 48
+probes = 32
 # Relative standard error of the energies of all pairs of tensors, and the products at which they stop, done or not.
 rtol = 0.05
 # max_products = 1000
@@ -104,7 +104,7 @@ class AdviseConfig(BaseModel):
 
     matrix: str = "hessian"
     partitions: list[str] | None = None
-    probes: int = Field(default=48, ge=16, multiple_of=8)
+    probes: int = Field(default=32, ge=16, multiple_of=8)
     rtol: float = Field(default=0.05, gt=0, lt=1)
     max_products: int | None = Field(default=None, ge=20)
 
