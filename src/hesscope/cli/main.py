@@ -14,6 +14,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from hesscope._version import __version__
+from hesscope.cli.interruption import interrupt
 from hesscope.cli.progress import progress_bar
 from hesscope.core.errors import HesscopeError, InputError
 
@@ -42,7 +43,8 @@ def main() -> None:
     # matrices only, which its threads slow down likewise. Both are read when the libraries are loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    signal.signal(signal.SIGTERM, _interrupt)  # a batch system's end of time is as good as Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # a batch system's end of time is as good as Ctrl-C
+        signal.signal(number, interrupt)
     try:
         code = app(standalone_mode=False)  # typer turns Ctrl-C into the exit code 130
     except typer.TyperException as error:
@@ -350,10 +352,6 @@ def _require_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"the output folder {folder} cannot be written to: {error.strerror}") from error
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _say_found(found: int) -> None:

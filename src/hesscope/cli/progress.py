@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from hesscope.cli.interruption import require_uninterrupted
+
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, float], None]]:
-    """Gives a function (title, share done in [0, 1]) that moves the bar on standard error."""
+    """Gives a function (title, share done in [0, 1]) that moves the bar on standard error, and passes on Ctrl-C."""
     if not sys.stderr.isatty():
-        yield lambda title, share: None
+        yield lambda title, share: require_uninterrupted()
         return
     from rich.console import Console
     from rich.progress import (
@@ -34,4 +36,9 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
     )
     with Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600) as bar:
         task = bar.add_task("starting", total=1.0)
-        yield lambda title, share: bar.update(task, description=title, completed=share)
+
+        def report(title: str, share: float) -> None:
+            require_uninterrupted()
+            bar.update(task, description=title, completed=share)
+
+        yield report
