@@ -1,8 +1,8 @@
 """Interruptions that cannot be lost.
 
-Python raises KeyboardInterrupt wherever it is, and forgets it inside a `__del__` or a callback from C, which the files
-have: right after a result was written, Ctrl-C was sometimes without effect. So it is remembered, and raised again at the
-next report of progress.
+Python raises KeyboardInterrupt wherever it is, and forgets it inside a `__del__` or a callback from C, which files have:
+right after a result was written, Ctrl-C was sometimes without effect. So it is remembered, and raised again at the next
+report of progress.
 """
 
 from __future__ import annotations
