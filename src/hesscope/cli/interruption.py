@@ -1,6 +1,6 @@
 """Interruptions that cannot be lost.
 
-Python raises KeyboardInterrupt wherever it is, and forgets it inside a `__del__` or a callback from C, which files have:
+Python raises KeyboardInterrupt wherever it is, and forgets it inside a `__del__` or a callback from C, as files have:
 right after a result was written, Ctrl-C was sometimes without effect. So it is remembered, and raised again at the next
 report of progress.
 """
