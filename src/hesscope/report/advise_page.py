@@ -94,7 +94,7 @@ def cut_table(result: xr.Dataset) -> list[tuple[str, ...]]:
     header = (
         "parameter",
         "shape",
-        "share of the tensors' energy",
+        "share of energy",
         "cut",
         "blocks",
         "blocks are",
