@@ -115,6 +115,14 @@ def test_partitions_of_one_s_own_and_those_that_do_not_fit(tmp_path):
     assert list(study.partitions) == ["tensor", "row", f"{HERE}:long_names"]
 
 
+def test_a_partition_of_one_s_own_that_has_changed_is_measured_anew(tmp_path, monkeypatch):
+    asked = {"partitions": ["row", f"{HERE}:long_names"]}
+    before = prepared(tmp_path, advise=asked).store.settings
+    assert prepared(tmp_path, advise=asked).store.settings == before
+    monkeypatch.setattr(user_code, "long_names", hs.Partition.by_column)
+    assert prepared(tmp_path, advise=asked).store.settings != before
+
+
 BAD = {
     "unknown": ({"advise": {"partitions": ["rows"]}}, InputError, r"'rows', which is none of .* did you mean 'row'"),
     "no head": ({"advise": {"partitions": ["head"]}}, PartitionError, "no attention heads"),

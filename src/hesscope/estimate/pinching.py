@@ -31,7 +31,6 @@ Array = npt.NDArray[np.float64]
 # Rows that are taken to float64 at once.
 ROWS_AT_ONCE = 2**20
 
-
 # From this share of the energy on the diagonal on, what lies off it is estimated directly.
 MOSTLY_DIAGONAL = 0.9
 # The first group tells whether it may come to that.

@@ -25,6 +25,7 @@ from hesscope.estimate.block_energies import block_energies
 from hesscope.estimate.block_spectra import block_spectra
 from hesscope.estimate.diagonality import EXACT_SIZE, PartitionComparison, compare_partitions
 from hesscope.objective import Objective
+from hesscope.objective.batches import fingerprint
 from hesscope.objective.losses import OutputLoss
 from hesscope.operators import GaussNewton, Hessian
 from hesscope.partition import Partition
@@ -104,7 +105,8 @@ class AdviseStudy:
     @cached_property
     def store(self) -> Store:
         """Where the results go, under a fingerprint of all that they depend on."""
-        settings = (RESULT, repr(self.settings), self.config.seed, self.config.model, *self.partitions)
+        compared = fingerprint({name: found.assignment for name, found in self.partitions.items()})
+        settings = (RESULT, repr(self.settings), self.config.seed, self.config.model, *self.partitions, compared)
         whole = self.partitions[WHOLE]
         return Store(self.folder, settings_fingerprint(self.objective, whole, settings, self.point))
 
