@@ -11,7 +11,7 @@ from hesscope.estimate.diagonality import Diagonality, Figure, PartitionComparis
 
 # Agreement beyond chance from which a partition counts as structure, and standard errors by which it must exceed it.
 STRUCTURE, STANDARD_ERRORS = 0.1, 2.0
-# A tensor with less than this share of the energy is cut as the others of its kind are not: left whole.
+# A tensor with less than this share of the energy is left whole: nothing is known about it but noise.
 LEAST_SHARE = 1e-3
 
 
