@@ -32,6 +32,15 @@ def test_digits_are_standardized_pixel_by_pixel():
     assert torch.corrcoef(torch.stack([raw[:, pixel], data[:, pixel]]))[0, 1] > 1 - 1e-12
 
 
+def test_digits_as_images_are_the_same_digits():
+    data = digits(image=True)
+    assert data.inputs.shape == (1797, 1, 8, 8)
+    assert torch.equal(data.inputs.flatten(1), digits().inputs)
+    # rows are rows: the outermost columns of the digits are empty nearly always, the outermost rows are not
+    grey = digits(standardize=False, image=True).inputs.mean(dim=(0, 1))
+    assert grey[:, [0, -1]].max() < 0.05 < grey[[0, -1]].mean(dim=1).min()
+
+
 @pytest.mark.parametrize("make", [digits, lambda **kw: gaussian(5, 3, 2, **kw), lambda **kw: clusters(5, 3, 2, **kw)])
 def test_dtype(make):
     assert make().inputs.dtype == torch.get_default_dtype()

@@ -8,7 +8,8 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
-from hesscope.core.errors import DataError
+from hesscope.core.checks import require_positive_int
+from hesscope.core.errors import DataError, InputError
 from hesscope.core.rng import permutation
 
 
@@ -18,7 +19,7 @@ class LabelledData:
 
     Attributes:
         name: what it is.
-        inputs: [N, d]; labels: [N] int64.
+        inputs: [N, d], or images [N, channels, height, width]; labels: [N] int64.
         classes: C.
     """
 
@@ -46,8 +47,24 @@ class LabelledData:
         return self.inputs, self.one_hot if loss == "mse" else self.labels
 
     def split(self, first: int, generator: np.random.Generator) -> tuple[LabelledData, LabelledData]:
-        """Two disjoint random parts, the first with `first` samples."""
+        """Two disjoint random parts, the first with `first` samples.
+
+        Samples are kept apart, not what they show: patches that overlap have pixels in both parts.
+        """
         order = permutation(len(self), generator)
         parts = order[:first], order[first:]
         a, b = (LabelledData(self.name, self.inputs[part], self.labels[part], self.classes) for part in parts)
         return a, b
+
+
+def draw(available: int, samples: int | None, generator: np.random.Generator) -> Tensor:
+    """[samples] different numbers below `available` in random order; all of them if samples is None.
+
+    Raises:
+        InputError: `samples` is no positive integer, or more than there are.
+    """
+    if samples is not None:
+        require_positive_int("samples", samples)
+        if samples > available:
+            raise InputError(f"samples must be at most {available}, all there are, got {samples}")
+    return permutation(available, generator)[:samples]

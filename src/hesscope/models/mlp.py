@@ -1,4 +1,4 @@
-"""Fully connected networks without bias, LeCun-initialized, as in [D] (arXiv:2505.02809; MATH.md, section 4)."""
+"""Fully connected networks, LeCun-initialized, as in [D] (arXiv:2505.02809; MATH.md, section 4), also with norms."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "gelu": functional.gelu,
 }
+NORMS: dict[str, type[nn.BatchNorm1d] | type[nn.LayerNorm]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
 
 class MLP(nn.Module):
@@ -65,6 +66,48 @@ class MLP(nn.Module):
         return output
 
 
+class NormalizedMLP(MLP):
+    """An MLP with a norm fc1_norm ... fcL_norm in front of every layer, the first one included.
+
+    The norm makes what the layer receives centred, so that the mean no longer dominates E[xx^T] ([W], arXiv:2010.04261;
+    MATH.md, section 5). It has no parameters of its own: a learned shift would bring the mean back, and a learned scale
+    is the layer's own to learn. Initial weights are those of the MLP of the same seed. A class of its own, since closed
+    forms are for the plain one.
+
+    Args:
+        normalization: "batch" (every feature has mean 0 and variance 1 over the batch; in eval mode by the running
+            statistics, which are 0 and 1 until trained, so that samples are independent) or "layer" (every sample has
+            that over its features).
+        widths, activation, bias, seed, dtype: as of MLP.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        normalization: str,
+        activation: str = "relu",
+        bias: bool = False,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(widths, activation, bias, seed, dtype)
+        require_choice("normalization", normalization, NORMS)
+        kind = NORMS[normalization]
+        affine = {"affine" if kind is nn.BatchNorm1d else "elementwise_affine": False}
+        layers = list(self.named_children())
+        for (name, _), width in zip(layers, widths, strict=False):  # every width but the last, that of the outputs
+            self.add_module(f"{name}_norm", kind(width, dtype=dtype, **affine))
+        self.layers = tuple(name for name, _ in layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs [N, d] -> outputs [N, C]."""
+        for name in self.layers:
+            x = self.get_submodule(name)(self.get_submodule(f"{name}_norm")(x))
+            if name != self.layers[-1]:
+                x = ACTIVATIONS[self.activation](x)
+        return x
+
+
 def linear(d: int, C: int, seed: int = 0, dtype: torch.dtype | None = None) -> MLP:
     """Linear model o = V x, V of shape (C, d) in the layer fc1."""
     return MLP((d, C), seed=seed, dtype=dtype)
@@ -77,6 +120,15 @@ def one_hidden(
     return MLP((d, m, C), activation=activation, seed=seed, dtype=dtype)
 
 
-def mlp(widths: Sequence[int], activation: str = "relu", seed: int = 0, dtype: torch.dtype | None = None) -> MLP:
-    """Deep network with the given widths (d, ..., C)."""
-    return MLP(widths, activation=activation, seed=seed, dtype=dtype)
+def mlp(
+    widths: Sequence[int],
+    activation: str = "relu",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    normalization: str | None = None,
+    bias: bool = False,
+) -> MLP:
+    """Deep network with the given widths (d, ..., C), with normalization (None, "batch" or "layer") a NormalizedMLP."""
+    if normalization is None:
+        return MLP(widths, activation, bias, seed, dtype)
+    return NormalizedMLP(widths, normalization, activation, bias, seed, dtype)

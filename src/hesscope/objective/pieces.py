@@ -17,8 +17,7 @@ def cut(batch: Any, count: int) -> list[Any]:
     of it are cut with it, as labels of flattened sequences. Whether samples are independent, or this is what the first
     axis means, is not looked at.
     """
-    lengths = [tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim and tensor.shape[0] > 1]
-    samples = min(lengths, default=1)
+    samples = count_samples(batch)
 
     def part(begin: int, end: int) -> Any:
         def rows(tensor: Tensor) -> Tensor:
@@ -32,3 +31,8 @@ def cut(batch: Any, count: int) -> list[Any]:
     pieces = min(count, samples)
     edges = [round(samples * number / pieces) for number in range(pieces + 1)]
     return [part(begin, end) for begin, end in pairwise(edges)] if pieces > 1 else [batch]
+
+
+def count_samples(batch: Any) -> int:
+    """Number of samples in a batch, as `cut` takes it: the shortest first axis of more than one entry, or 1."""
+    return min((tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim and tensor.shape[0] > 1), default=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ class Trajectory:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Inputs [N, d], targets as the loss wants them, and class labels [N]."""
+    """Inputs [N, d] or images, targets as the loss wants them, and class labels [N]."""
 
     inputs: Tensor
     targets: Tensor
@@ -54,7 +54,10 @@ def train(
     batch_size: int = 64,
     learning_rate: float = 3e-3,
 ) -> Trajectory:
-    """Train `model` in place with Adam; the order of the samples comes from the stream (seed, "train", epoch)."""
+    """Train `model` in place with Adam; the order of the samples comes from the stream (seed, "train", epoch).
+
+    Curves are measured in eval mode, in which the model is left.
+    """
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     space = ParameterSpace.of(model)
     curves: list[tuple[float, ...]] = []
@@ -62,10 +65,8 @@ def train(
     for epoch in range(epochs + 1):
         if epoch > 0:
             order = permutation(len(training.inputs), stream(seed, "train", epoch))
-            for chosen in torch.split(order, batch_size):
-                optimizer.zero_grad()
-                loss(model(training.inputs[chosen]), training.targets[chosen]).backward()
-                optimizer.step()
+            train_epoch(model, loss, optimizer, training, torch.split(order, batch_size))
+        model.eval()
         curves.append((*_evaluate(model, loss, training), *_evaluate(model, loss, test)))
         if epoch in keep:
             own = dict(model.named_parameters())
@@ -73,6 +74,21 @@ def train(
         progress(epoch / epochs)
     train_loss, train_accuracy, test_loss, test_accuracy = np.asarray(curves).T
     return Trajectory(train_loss, test_loss, train_accuracy, test_accuracy, keep, np.stack(snapshots))
+
+
+def train_epoch(
+    model: nn.Module,
+    loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    training: Examples,
+    batches: Iterable[Tensor],
+) -> None:
+    """One step for each batch, [batch size] numbers of samples; the model is left in train mode."""
+    model.train()
+    for chosen in batches:
+        optimizer.zero_grad()
+        loss(model(training.inputs[chosen]), training.targets[chosen]).backward()
+        optimizer.step()
 
 
 @torch.no_grad()
