@@ -78,6 +78,7 @@ _HOME: dict[str, str | None] = {
     "to_symlog": "hesscope.estimate.symlog",
     "from_symlog": "hesscope.estimate.symlog",
     "data": None,
+    "layerwise": None,
     "models": None,
     "theory": None,
 }

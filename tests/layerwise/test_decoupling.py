@@ -128,8 +128,9 @@ def test_sampled_errors_are_right_within_theirs(layer, monkeypatch):
     z = (errors.mean() - exact.relative_error) / (errors.std(ddof=1) / np.sqrt(len(errors)))
     assert abs(z) < 4
     assert 3 * errors.std(ddof=1) / np.sqrt(len(errors)) < 0.03 * exact.relative_error
-    # Products found from one half and judged by the other are no better than the best, up to noise.
-    assert exact.best_relative_error - 2 * bests.std() < bests.mean() < 1.2 * exact.best_relative_error
+    # Products found from one half and judged by the other are no better than the best, but for the mean's noise.
+    lowest = exact.best_relative_error - 4 * bests.std(ddof=1) / np.sqrt(len(bests))
+    assert lowest < bests.mean() < 1.2 * exact.best_relative_error
     squares = np.array([each.norm**2 for each in found])
     z = (squares.mean() - exact.decoupling.norm**2) / (squares.std(ddof=1) / np.sqrt(len(squares)))
     assert abs(z) < 4

@@ -206,11 +206,32 @@ class Fused(nn.Module):
         return self.last(self.attention(x, x, x, need_weights=False)[0].mean(1))
 
 
+class TimeFirst(nn.Module):
+    """Samples are the second axis inside; with as many steps as samples no shape tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x.transpose(0, 1))).mean(0))
+
+
+@pytest.mark.parametrize("samples", [4, 6, 8, 16])
+def test_another_axis_than_samples_in_front_is_refused(samples):
+    objective = hs.Objective(
+        randomized(TimeFirst(), 6), "cross_entropy", (randn(samples, 8, 5, seed=1), randint(3, samples, seed=2))
+    )
+    with pytest.raises(hs.HesscopeError, match="'a' is given inputs whose first axis does not count samples"):
+        kronecker_factors(objective, "a")
+    assert kronecker_factors(objective, "b").positions == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"layer": "attention.out_proj"}, "'attention.out_proj' is not called in the forward pass"),
-        ({"layer": "place"}, "'place' is given something that all samples share"),
+        ({"layer": "place"}, "'place' is given inputs whose first axis does not count samples"),
         ({"layer": "lst"}, "there is no layer 'lst'.* did you mean 'last'"),
         ({"layer": "last", "sharing": "mean"}, "sharing must be one of 'expand', 'reduce', got 'mean'"),
         ({"layer": "last", "probes": 0}, "probes must be a positive integer, got 0"),

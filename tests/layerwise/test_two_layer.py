@@ -116,6 +116,7 @@ def test_few_samples_add_what_is_predicted():
     many, few = (two_layer_theorem((96,), 4, samples=samples, networks=6, seed=3) for samples in (12288, 768))
     added = (many.overlap - few.overlap).mean()
     np.testing.assert_allclose(added, (few.sampling - many.sampling).mean(), rtol=0.15)
+    np.testing.assert_allclose(1 - few.mean("overlap"), 1 - few.mean("predicted_overlap"), rtol=0.08)
     assert few.mean("sampling")[0] > 0.2 * (1 - few.mean("overlap")[0])
 
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import typer
 
@@ -22,6 +22,21 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 
 Number = TypeVar("Number", int, float)
+
+
+class InFolder(Protocol):
+    """A study that has been prepared: all that is asked of it here is where its results go."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the page, the figures and the results."""
+
+
+Prepared = TypeVar("Prepared", bound=InFolder)
+
+# Arguments of every command that measures what a STUDY.toml describes.
+Study = Annotated[Path | None, typer.Argument(metavar="STUDY.toml", help="What to measure.")]
+Example = Annotated[bool, typer.Option("--example", help="Print a commented STUDY.toml and stop.")]
 
 # Parameters whose cuts are printed; all are in advice.json.
 CUTS_SHOWN = 12
@@ -90,29 +105,14 @@ def demo(
 
 
 @app.command()
-def analyze(
-    study: Annotated[Path | None, typer.Argument(metavar="STUDY.toml", help="What to analyze.")] = None,
-    example: Annotated[bool, typer.Option("--example", help="Print a commented STUDY.toml and stop.")] = False,
-) -> None:
+def analyze(study: Study = None, example: Example = False) -> None:
     """Measure the block structure of your own network's Hessian, as a STUDY.toml describes it."""
-    if example:
-        from hesscope.study.config import EXAMPLE
-
-        print(EXAMPLE, end="")
-        return
-    if study is None:
-        raise InputError("analyze needs a STUDY.toml (hesscope analyze --example prints one to start from)")
+    path = _study_path("analyze", study, example)
     from hesscope.study.analyze import describe, prepare, run
     from hesscope.study.config import read_config
 
-    config = read_config(study)
-    prepared = prepare(config, study.parent)
-    _require_folder(prepared.folder)
-    for what, how_much in describe(prepared):
-        print(f"{what + ':':<11}{how_much}", flush=True)
-    with progress_bar() as report:
-        found = run(prepared, report)
-    _say_found(found)
+    prepared = prepare(read_config(path), path.parent)
+    _carry_out(prepared, describe, run)
     from hesscope.report.study_page import write_study_page
 
     page = write_study_page(prepared.folder, prepared.store.require("energies"), _command())
@@ -120,53 +120,26 @@ def analyze(
 
 
 @app.command()
-def spectrum(
-    study: Annotated[Path | None, typer.Argument(metavar="STUDY.toml", help="What to measure.")] = None,
-    example: Annotated[bool, typer.Option("--example", help="Print a commented STUDY.toml and stop.")] = False,
-) -> None:
+def spectrum(study: Study = None, example: Example = False) -> None:
     """Measure the eigenvalues, trace and norm of your own network's Hessian, as a STUDY.toml describes it."""
-    if example:
-        from hesscope.study.config import EXAMPLE
-
-        print(EXAMPLE, end="")
-        return
-    if study is None:
-        raise InputError("spectrum needs a STUDY.toml (hesscope spectrum --example prints one to start from)")
+    path = _study_path("spectrum", study, example)
     from hesscope.study.config import read_config
     from hesscope.study.spectrum import RESULT, describe_spectrum, prepare_spectrum, run_spectrum
 
-    prepared = prepare_spectrum(read_config(study), study.parent)
-    _require_folder(prepared.folder)
-    for what, how_much in describe_spectrum(prepared):
-        print(f"{what + ':':<11}{how_much}", flush=True)
-    with progress_bar() as report:
-        found = run_spectrum(prepared, report)
-    _say_found(found)
+    prepared = prepare_spectrum(read_config(path), path.parent)
+    _carry_out(prepared, describe_spectrum, run_spectrum)
     from hesscope.report.spectrum_page import block_table, spectrum_headline, spectrum_table, write_spectrum_page
 
     result = prepared.store.require(RESULT)
-    print(spectrum_headline(result))
-    for table in (spectrum_table(result), block_table(result)):
-        print()
-        _print_table(table)
-    print()
+    _print_findings(spectrum_headline(result), spectrum_table(result), block_table(result))
     page = write_spectrum_page(prepared.folder, result, _command())
     print(f"page: {page.resolve()}")
 
 
 @app.command()
-def advise(
-    study: Annotated[Path | None, typer.Argument(metavar="STUDY.toml", help="What to measure.")] = None,
-    example: Annotated[bool, typer.Option("--example", help="Print a commented STUDY.toml and stop.")] = False,
-) -> None:
+def advise(study: Study = None, example: Example = False) -> None:
     """Find the partition that your own network's Hessian is block-diagonal in, and write it down for an optimizer."""
-    if example:
-        from hesscope.study.config import EXAMPLE
-
-        print(EXAMPLE, end="")
-        return
-    if study is None:
-        raise InputError("advise needs a STUDY.toml (hesscope advise --example prints one to start from)")
+    path = _study_path("advise", study, example)
     from hesscope.study.advise import (
         ENERGIES,
         RESULT,
@@ -179,29 +152,63 @@ def advise(
     )
     from hesscope.study.config import read_config
 
-    prepared = prepare_advise(read_config(study), study.parent)
-    _require_folder(prepared.folder)
-    for what, how_much in describe_advise(prepared):
-        print(f"{what + ':':<11}{how_much}", flush=True)
-    with progress_bar() as report:
-        found = run_advise(prepared, report)
-    _say_found(found)
+    prepared = prepare_advise(read_config(path), path.parent)
+    _carry_out(prepared, describe_advise, run_advise)
     from hesscope.report.advise_page import advise_headline, advise_table, cut_table, write_advise_page
 
     store = prepared.store
     result = store.require(RESULT)
-    print(advise_headline(result))
     cuts = cut_table(result)
-    for table in (advise_table(result), cuts[: 1 + CUTS_SHOWN]):
-        print()
-        _print_table(table)
-    if len(cuts) > 1 + CUTS_SHOWN:
-        print(f"... and {len(cuts) - 1 - CUTS_SHOWN} more, with less energy")
-    print()
+    hidden = len(cuts) - 1 - CUTS_SHOWN
+    more = f"... and {hidden} more, with less energy" if hidden > 0 else ""
+    _print_findings(advise_headline(result), advise_table(result), cuts[: 1 + CUTS_SHOWN], more=more)
     print(f"advice: {write_advice(prepared.folder, result).resolve()}")
     page = write_advise_page(
         prepared.folder, result, store.require(ENERGIES), store.load(SPECTRA), store.load(ZOOM), _command()
     )
+    print(f"page: {page.resolve()}")
+
+
+@app.command()
+def layers(study: Study = None, example: Example = False) -> None:
+    """Measure each layer of your own network: how near its Hessian is to a Kronecker product, and what follows."""
+    path = _study_path("layers", study, example)
+    from hesscope.study.config import read_config
+    from hesscope.study.layers import describe_layers, layers_results, prepare_layers, run_layers
+
+    prepared = prepare_layers(read_config(path), path.parent)
+    _carry_out(prepared, describe_layers, run_layers)
+    from hesscope.report.layers_page import layers_headline, layers_table, write_layers_page
+
+    found = layers_results(prepared)
+    _print_findings(layers_headline(found.table), layers_table(found.table))
+    page = write_layers_page(
+        prepared.folder, found.table, found.factors, found.structures, found.low_ranks, found.full, _command()
+    )
+    print(f"page: {page.resolve()}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_A RUN_B ...", help="Folders of `hesscope layers`, or their STUDY.toml.")
+    ],
+    layer: Annotated[
+        list[str] | None, typer.Option(help="A layer to compare, once for each; all that the runs share unless told.")
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Largest dimension; all eigenpairs unless told.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the page, the figures and the results.")] = Path("out/compare"),
+) -> None:
+    """Compare the top eigenspaces of layers between networks that `hesscope layers` has measured."""
+    from hesscope.study.compare import compare_results, describe_compare, prepare_compare, run_compare
+
+    prepared = prepare_compare(runs, out, layer or (), k)
+    _carry_out(prepared, describe_compare, run_compare)
+    from hesscope.report.compare_page import compare_headline, compare_table, write_compare_page
+
+    shared = compare_results(prepared)
+    _print_findings(compare_headline(shared), compare_table(shared))
+    page = write_compare_page(out, shared, _command())
     print(f"page: {page.resolve()}")
 
 
@@ -320,6 +327,41 @@ def head(
         print(f"{what + ':':<13}{how_much}")
     page = write_head_page(out, result, _command())
     print(f"page: {page.resolve()}")
+
+
+def _study_path(command: str, study: Path | None, example: bool) -> Path:
+    """The STUDY.toml that was given; if the example was asked for, prints that and ends the command."""
+    if example:
+        from hesscope.study.config import EXAMPLE
+
+        print(EXAMPLE, end="")
+        raise typer.Exit
+    if study is None:
+        raise InputError(f"{command} needs a STUDY.toml (hesscope {command} --example prints one to start from)")
+    return study
+
+
+def _carry_out(
+    prepared: Prepared,
+    describe: Callable[[Prepared], list[tuple[str, str]]],
+    run: Callable[[Prepared, Callable[[str, float], None]], int],
+) -> None:
+    """Say what is about to be done, and do it."""
+    _require_folder(prepared.folder)
+    for what, how_much in describe(prepared):
+        print(f"{what + ':':<11}{how_much}", flush=True)
+    with progress_bar() as report:
+        found = run(prepared, report)
+    _say_found(found)
+
+
+def _print_findings(headline: str, *tables: list[tuple[str, ...]], more: str = "") -> None:
+    """A sentence, and tables with an empty line before and after each; `more`: what follows the last one."""
+    print(headline)
+    for table in tables:
+        print()
+        _print_table(table)
+    print(f"{more}\n" if more else "")
 
 
 def _words(text: str) -> tuple[str, ...]:

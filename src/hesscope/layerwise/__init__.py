@@ -10,6 +10,7 @@ from hesscope.layerwise.factors import (
     layer_hessian,
 )
 from hesscope.layerwise.full_hessian import FullHessianOverlap, full_hessian_overlap
+from hesscope.layerwise.layer_map import LayerMap, layer_map
 from hesscope.layerwise.layers import Layer, layers_of
 from hesscope.layerwise.overlap import overlap, overlap_curve
 from hesscope.layerwise.rank_one import LayerLowRank, layer_low_rank, rank_one_energy
@@ -23,6 +24,7 @@ __all__ = [
     "KroneckerFactors",
     "Layer",
     "LayerLowRank",
+    "LayerMap",
     "SharedEigenspaces",
     "TwoLayerTheorem",
     "all_kronecker_factors",
@@ -32,6 +34,7 @@ __all__ = [
     "layer_gauss_newton",
     "layer_hessian",
     "layer_low_rank",
+    "layer_map",
     "layers_of",
     "overlap",
     "overlap_curve",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hesscope.core.errors import DataError
 from hesscope.core.memory import available_bytes, require_memory
 from hesscope.core.rng import normal, rademacher, stream
 from hesscope.layerwise.kronecker_sums import (
@@ -172,6 +173,8 @@ def _gauss_newton_errors(
 
 def _measured(H: KroneckerSum, K: tuple[Tensor, Tensor], note: str) -> Errors:
     norm = H.norm_squared()
+    if not isfinite(norm):
+        raise DataError("the layer's matrix is not finite, or its entries are too large to be squared")
     if norm == 0:
         return Errors(0.0, 0.0, 0.0, 0.0, 0.0, f"{note}; the matrix is zero")
     error = relative(H.distance_squared(*K), norm)

@@ -44,8 +44,9 @@ CURVATURES: dict[str, Callable[[Objective, str], Operator]] = {
 }
 
 # [W] sees the overlap between models peak near k = width, and outliers near C - 1: twice the one and three times the
-# other show what comes after. No more than MOST_PAIRS unless told, since products and memory grow with k.
-WIDTHS, CLASSES, MOST_PAIRS = 2, 3, 256
+# other show what comes after. No more than MOST_PAIRS unless told, since products and memory grow with k; where there are
+# more classes than that (language models), so that C - 1 is out of reach anyway, FEW_PAIRS.
+WIDTHS, CLASSES, MOST_PAIRS, FEW_PAIRS = 2, 3, 256, 32
 
 # Up to this size the whole matrix is less work than its leading pairs; beyond, sums over the bulk are had from probes.
 DENSE_SIZE, PROBES = 512, 32
@@ -258,7 +259,7 @@ def layer_eigenstructure(
     Args:
         objective: the function of the parameters; layer: name of a module (see find_layer).
         k: number of pairs; unless told max(2 * outputs, 3 * C), so that what happens at k = width and at C - 1 lies in
-            the middle of the curves, but at most 256 and P.
+            the middle of the curves, but at most 256 and P, and 32 if there are more than 256 classes.
         curvature: "hessian" or "gauss_newton".
         factors: of this layer, unless they are to be made here.
         seed: root of the random streams; rtol: of the residuals, see top_eigenpairs.
@@ -282,9 +283,16 @@ def layer_eigenstructure(
         )
     operator = CURVATURES[curvature](objective, layer)
     if k is None:
-        k = min(found.size, MOST_PAIRS, max(WIDTHS * found.outputs, CLASSES * (factors.classes or 0)))
+        k = usual_pairs(found, factors.classes)
     output, input = np.asarray(factors.output, dtype=np.float64), np.asarray(factors.input, dtype=np.float64)
     return _structure(operator, output, input, k, found, curvature, factors.classes, seed, rtol, progress)
+
+
+def usual_pairs(layer: Layer, classes: int | None) -> int:
+    """Number of eigenpairs of a layer unless told; see layer_eigenstructure."""
+    if (classes or 0) > MOST_PAIRS:
+        return min(layer.size, FEW_PAIRS)
+    return min(layer.size, MOST_PAIRS, max(WIDTHS * layer.outputs, CLASSES * (classes or 0)))
 
 
 def eigenstructure(

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from hesscope.core.checks import require_choice, require_positive_int
-from hesscope.core.errors import InputError
+from hesscope.core.errors import DataError, InputError
 from hesscope.core.memory import require_memory
 from hesscope.core.records import Provenance, require_xarray_kind
 from hesscope.layerwise.decoupling import Decoupling, decoupling
 from hesscope.layerwise.layers import Layer, find_layer, layers_of
-from hesscope.layerwise.taps import calls_of, pieces
+from hesscope.layerwise.taps import calls_of, pieces, unusable
 from hesscope.objective import Objective
 from hesscope.objective.objective import require_output_loss
 from hesscope.operators import GaussNewton, Hessian
@@ -266,11 +266,9 @@ def layer_gauss_newton(objective: Objective, layer: str, **arguments: Any) -> Op
 
 def _convention(layer: Layer, calls: tuple[int, int], sharing: str | None) -> str:
     uses, positions = calls
-    if uses > 1 and sharing is None:
-        raise InputError(
-            f"layer {layer.name!r} is used {uses} times in a forward pass, which needs a convention: pass "
-            "sharing='expand' (uses count as samples) or sharing='reduce' (they are summed)"
-        )
+    reason = unusable(uses, positions, sharing)
+    if reason:
+        raise InputError(f"layer {layer.name!r} {reason}")
     return "none" if uses == 1 and positions == 1 else sharing or "expand"
 
 
@@ -312,6 +310,9 @@ class _Sums:
         divisor = self.terms * (sampled or 1)
         empty = torch.zeros(self.layer.outputs, self.layer.outputs, dtype=mean.dtype, device=mean.device)
         output = sum(self.outputs.values(), empty) / divisor
+        for what, matrix in (("output Hessian", output), ("input moment", moment)):
+            if not bool(matrix.isfinite().all()):
+                raise DataError(f"the {what} of layer {self.layer.name!r} is not finite")
         return KroneckerFactors(
             layer=self.layer.name,
             kind=self.layer.kind,

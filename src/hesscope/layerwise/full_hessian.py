@@ -132,7 +132,7 @@ def restricted_overlap(restricted: Any, own: Any, rounding: float) -> Restricted
     dimension = int((sigma > rounding).sum())
     if dimension == 0:
         return RestrictedOverlap(0, float("nan"), float("nan"))
-    leading = basis[:, :dimension]
+    leading = torch.linalg.qr(basis[:, :dimension]).Q  # orthonormal also if they were so in single precision only
     kept = (leading.T @ rows).square().sum() / rows.square().sum()
     return RestrictedOverlap(dimension, overlap(U[:, :dimension], leading), float(kept))
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hesscope.estimate.energies import SplitEnergies
-from hesscope.report import figures
+from hesscope.layerwise.eigenstructure import Eigenstructure
+from hesscope.report import figures, layer_figures
+from hesscope.report.layers_page import layers_headline, layers_table
 from hesscope.report.page import Picture, picture, write_page
 from hesscope.report.static_page import sweep_headline, sweep_section, theory_headline, theory_section
 from hesscope.report.style import LOSS_COLOURS, LOSS_NAMES, TIME_NAMES, number, percent, styled
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 TIMES = tuple(TIME_NAMES)
+LAYERS = ("fc1", "fc2")
 GROUPS = ("H_ww", "H_vv", "H_wv")
 
 
@@ -63,6 +66,7 @@ def write_demo_page(folder: Path, results: Mapping[str, xr.Dataset], command: st
             "energies": _energy_figure(folder, measured),
             "groups": _group_figure(folder, measured),
             "eigenvalues": _eigenvalue_figure(folder, measured),
+            "layers": _layer_figure(folder, results),
         }
     attributes = measured[losses[0], "final"].data.attrs
     context = {
@@ -70,6 +74,8 @@ def write_demo_page(folder: Path, results: Mapping[str, xr.Dataset], command: st
         "sweep": sweep_section(folder, results["sweep"]),
         "sweep_headline": sweep_headline(results["sweep"]),
         "theory_headline": theory_headline(results["theory"]),
+        "layers_headline": layers_headline(results["layers"]),
+        "layers_table": _short_table(layers_table(results["layers"])),
         "headline": _headline(measured),
         "example": _parts(measured["cross_entropy", "final"].ratio("output")),
         "cards": _cards(training, measured),
@@ -273,3 +279,28 @@ def _eigenvalue_figure(folder: Path, measured: Mapping[tuple[str, str], Measured
     for axes in grid[:, 0]:
         axes.set_ylabel("number of eigenvalues")
     return picture(folder, "eigenvalues", fig, "Histogram of the Hessian's eigenvalues at three times")
+
+
+def _short_table(table: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The table of layers without what a first look does not need."""
+    kept = [place for place, name in enumerate(table[0]) if name not in ("residual part", "beyond edge")]
+    return [tuple(row[place] for place in kept) for row in table]
+
+
+def _layer_figure(folder: Path, results: Mapping[str, xr.Dataset]) -> Picture:
+    """Eigenvalues of both layers beside their Kronecker approximation's, and the overlap of the leading subspaces."""
+    fig, grid = figures.panels(2, 2, 10, 8.6)
+    for (top, bottom), name in zip(grid.T, LAYERS, strict=True):
+        structure = Eigenstructure.from_xarray(results[f"layer-{name}"])
+        predicted = structure.pairs.values
+        layer_figures.eigenvalue_scatter(
+            top, structure.values, predicted, predicted[structure.partner], structure.gap.count, "H"
+        )
+        top.set_title(f"{name}, {structure.shape[0]} × {structure.shape[1]}")
+        chance = np.arange(1, structure.k + 1) / (structure.shape[0] * structure.shape[1])
+        marks = {"C − 1": structure.expected_outliers or 0, "width": structure.shape[0]}
+        layer_figures.overlap_lines(bottom, structure.overlap, chance, marks)
+    for axes in grid[:, 0]:
+        axes.legend(loc="best")
+    what = "Eigenvalues of the layers' Hessians beside their Kronecker approximations', and overlap of their subspaces"
+    return picture(folder, "layers", fig, what)

@@ -51,7 +51,7 @@ def energy_map(axes: Axes, energies: Array, title: str, xlabel: str = "block", n
     axes.set_title(title)
     axes.set_xlabel(xlabel)
     if names:
-        short = [_shortened(name) for name in names]
+        short = [shortened(name) for name in names]
         axes.set_xticks(range(len(names)), short, rotation=90, fontsize=9, parse_math=False)
         axes.set_yticks(range(len(names)), short, fontsize=9, parse_math=False)
     _frame(axes)
@@ -204,7 +204,7 @@ def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str) -> str:
     """At most NAME_LENGTH characters, with both ends: names differ at either."""
     half = NAME_LENGTH // 2
     return name if len(name) <= NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}"

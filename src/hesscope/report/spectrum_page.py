@@ -316,12 +316,6 @@ def _outlier_text(result: xr.Dataset) -> str:
     )
 
 
-def _shortened(name: str) -> str:
-    """At most figures.NAME_LENGTH characters, with both ends: names differ at either."""
-    half = figures.NAME_LENGTH // 2
-    return name if len(name) <= figures.NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}"
-
-
 def _names(value: Any) -> list[str]:
     """A netCDF attribute that was written as a list of strings (an empty list and a single string come back bare)."""
     if value is None or isinstance(value, str):
@@ -474,7 +468,7 @@ def _ends_figure(folder: Path, result: xr.Dataset) -> Picture:
 def _blocks_figure(folder: Path, result: xr.Dataset) -> Picture:
     """Trace and largest eigenvalue of every block, with errors."""
     at = result.isel(block=_foremost(result, BLOCKS_SHOWN))
-    names = [_shortened(str(label)) for label in at["block"].to_numpy()]
+    names = [figures.shortened(str(label)) for label in at["block"].to_numpy()]
     fig, grid = figures.panels(1, 2, 8.4, 1.5 + 0.21 * max(len(names), 4))
     columns = (
         ("trace", "block_trace", "block_trace_stderr", COLOURS["G"]),
@@ -503,7 +497,7 @@ def _distances_figure(folder: Path, result: xr.Dataset) -> Picture:
     distance = result["distance"].to_numpy()
     image = axes.imshow(distance, cmap=MAP, vmin=0.0, vmax=1.0, interpolation="nearest")
     if named:
-        short = [_shortened(label) for label in labels]
+        short = [figures.shortened(label) for label in labels]
         axes.set_xticks(range(len(short)), short, rotation=90, fontsize=9, parse_math=False)
         axes.set_yticks(range(len(short)), short, fontsize=9, parse_math=False)
     else:

@@ -294,7 +294,7 @@ def _merge(study: Study, names: list[str]) -> xr.Dataset:
         result["block_of_parameter"] = ("parameter", partition.assignment)
     return result.assign_attrs(
         model=study.config.model,
-        config=json.dumps(study.config.model_dump(exclude_none=True, exclude={"spectrum"})),
+        config=json.dumps(study.config.model_dump(exclude_none=True, exclude={"spectrum", "advise", "layers"})),
         model_class=type(study.objective.model).__name__,
         loss=study.objective.loss.name,
         partition=study.config.partition,

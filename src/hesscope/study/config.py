@@ -15,6 +15,7 @@ EXAMPLE = """\
 # A hesscope study. Run it with:  hesscope analyze STUDY.toml   (how block-diagonal the Hessian is)
 #                            or:  hesscope spectrum STUDY.toml  (its eigenvalues, trace and norm, block by block)
 #                            or:  hesscope advise STUDY.toml    (which partition it is block-diagonal in)
+#                            or:  hesscope layers STUDY.toml    (how near each layer's is to a Kronecker product)
 # Relative paths are relative to this file; so are the modules named below.
 
 # The network: a function that returns a torch.nn.Module, and what to call it with.
@@ -78,6 +79,24 @@ probes = 32
 # Relative standard error of the energies of all pairs of tensors, and the products at which they stop, done or not.
 rtol = 0.05
 # max_products = 1000
+
+# For layers; every line of it may be left out, and so may all of it.
+[layers]
+# Whose eigenvectors: "hessian", or "gauss_newton".
+matrix = "hessian"
+# Names of modules. All unless told, but no embeddings and none with more than 4096 inputs or outputs.
+# layers = ["fc1", "fc2"]
+# Where a sample has several positions (patches, tokens): "expand" takes these for samples, and "reduce" takes sums over
+# them. Unless told "expand", and layers that a forward pass uses more than once are left out.
+# sharing = "expand"
+# Eigenpairs of every layer; unless told twice its outputs or three times the classes, but at most 256.
+# eigenpairs = 32
+# Eigenpairs of the whole matrix, to be compared with those of its layers; 0 to leave them out.
+full = 10
+# Whether to measure how far the layers are from Kronecker products: several more passes over the data.
+errors = true
+# Random combinations of each sample's classes in place of all; all up to 1024 of them, else 64, unless told.
+# probes = 64
 """
 
 
@@ -109,6 +128,20 @@ class AdviseConfig(BaseModel):
     max_products: int | None = Field(default=None, ge=20)
 
 
+class LayersConfig(BaseModel):
+    """The keys of STUDY.toml's section [layers] (see EXAMPLE)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    matrix: str = "hessian"
+    layers: list[str] | None = Field(default=None, min_length=1)
+    sharing: str | None = None
+    eigenpairs: int | None = Field(default=None, ge=1)
+    full: int = Field(default=10, ge=0)
+    errors: bool = True
+    probes: int | None = Field(default=None, ge=2)
+
+
 class StudyConfig(BaseModel):
     """The keys of STUDY.toml (see EXAMPLE); relative paths are relative to the file."""
 
@@ -127,6 +160,7 @@ class StudyConfig(BaseModel):
     seed: int = 0
     spectrum: SpectrumConfig = Field(default_factory=SpectrumConfig)
     advise: AdviseConfig = Field(default_factory=AdviseConfig)
+    layers: LayersConfig = Field(default_factory=LayersConfig)
 
 
 def read_config(path: Path) -> StudyConfig:
@@ -153,7 +187,11 @@ def read_config(path: Path) -> StudyConfig:
 def _in_words(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        sections: dict[str, type[BaseModel]] = {"spectrum": SpectrumConfig, "advise": AdviseConfig}
+        sections: dict[str, type[BaseModel]] = {
+            "spectrum": SpectrumConfig,
+            "advise": AdviseConfig,
+            "layers": LayersConfig,
+        }
         section = sections.get(str(problem["loc"][0]), StudyConfig)
         return f"unknown key {key!r}{nearest(str(problem['loc'][-1]), section.model_fields)}"
     if problem["type"] == "missing":

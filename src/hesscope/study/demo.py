@@ -17,10 +17,12 @@ from hesscope.core.vectors import ParameterSpace
 from hesscope.data import LabelledData, digits
 from hesscope.estimate.block_energies import Method, block_energies, energies_provenance
 from hesscope.estimate.energies import SplitEnergies
+from hesscope.layerwise import Eigenstructure, kronecker_factors, layer_eigenstructure, layer_low_rank
 from hesscope.models import MLP, one_hidden
 from hesscope.objective import Objective
 from hesscope.operators import GaussNewton, Hessian
 from hesscope.partition import Partition
+from hesscope.study.layers import layer_row, layers_dataset
 from hesscope.study.prediction import PARTS as THEORY_PARTS
 from hesscope.study.prediction import TheorySettings, theory_steps
 from hesscope.study.steps import Progress, Reporter, Step, run_steps
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
 LOSSES = {"cross_entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 DENSE = Method("closed_form", 0, 0)
 TIMES = ("initial", "half", "final")
+
+# Layers are measured one by one in the network trained with cross-entropy, at the end.
+LAYERS = ("fc1", "fc2")
+TRAINED = "cross_entropy"
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ def run_demo(folder: Path, settings: DemoSettings, report: Reporter) -> int:
     for loss in LOSSES:
         steps.append(_training_step(loss, settings))
         steps.extend(_measuring_step(loss, time, settings, store) for time in TIMES)
+    steps.extend(_layer_step(layer, settings, store) for layer in LAYERS)
+    steps.append(Step("layers", "putting the layers together", 0.5, lambda _: _layers(settings, store)))
     steps.append(Step("prediction", "predicting the off-diagonal ratios", 3.0, lambda _: _predict(settings)))
     found = run_steps(
         [*steps, *theory_steps(store, settings.theory), *sweep_steps(store, settings.sweep)], store, report
@@ -97,7 +105,8 @@ def demo_results(folder: Path, settings: DemoSettings) -> dict[str, xr.Dataset]:
     """All results of a finished demo, by step name."""
     store = demo_store(folder, settings)
     names = [f"{loss}-{step}" for loss in LOSSES for step in ("training", *TIMES)]
-    return {name: store.require(name) for name in [*names, "prediction", "theory", "sweep"]}
+    layers = [f"layer-{layer}" for layer in LAYERS]
+    return {name: store.require(name) for name in [*names, *layers, "layers", "prediction", "theory", "sweep"]}
 
 
 def _training_step(loss: str, settings: DemoSettings) -> Step:
@@ -155,18 +164,13 @@ def _train(loss: str, settings: DemoSettings, progress: Progress) -> xr.Dataset:
 def _measure(trajectory: xr.Dataset, loss: str, time: str, settings: DemoSettings, progress: Progress) -> xr.Dataset:
     """The dense Hessian, its split into Gauss-Newton and residual part, energies by neuron, eigenvalues."""
     training, _ = _data(settings)
-    model = _model(settings, training)
-    vector = torch.from_numpy(trajectory["parameters"].sel(time=time).to_numpy())
-    with torch.no_grad():
-        for name, tensor in ParameterSpace.of(model).unflatten(vector).items():
-            model.get_parameter(name).copy_(tensor)
-    objective = Objective(model, loss, training.batch(loss))
+    objective = _objective(trajectory, loss, time, settings)
     hessian, gauss_newton = Hessian(objective), GaussNewton(objective)
     H = hessian.dense()
     progress(0.5)
     G = gauss_newton.dense()
     progress(0.9)
-    partition = Partition.by_row(model)
+    partition = Partition.by_row(objective.model)
     parts = {"H": (H, hessian), "G": (G, gauss_newton), "R": (H - G, hessian - gauss_newton)}
     energies = {
         part: replace(block_energies(matrix, partition), provenance=energies_provenance(operator, DENSE, settings.seed))
@@ -187,6 +191,38 @@ def _measure(trajectory: xr.Dataset, loss: str, time: str, settings: DemoSetting
         width=settings.width,
         samples=len(training),
     )
+
+
+def _objective(trajectory: xr.Dataset, loss: str, time: str, settings: DemoSettings) -> Objective:
+    """The function that is measured: the network as it was at one time of its training."""
+    training, _ = _data(settings)
+    model = _model(settings, training)
+    vector = torch.from_numpy(trajectory["parameters"].sel(time=time).to_numpy())
+    with torch.no_grad():
+        for name, tensor in ParameterSpace.of(model).unflatten(vector).items():
+            model.get_parameter(name).copy_(tensor)
+    return Objective(model, loss, training.batch(loss))
+
+
+def _layer_step(layer: str, settings: DemoSettings, store: Store) -> Step:
+    def measure(progress: Progress) -> xr.Dataset:
+        objective = _objective(store.require(f"{TRAINED}-training"), TRAINED, "final", settings)
+        return layer_eigenstructure(
+            objective, layer, seed=settings.seed, progress=lambda done, planned: progress(done / max(planned, 1))
+        ).to_xarray()
+
+    return Step(f"layer-{layer}", f"eigenpairs of layer {layer}", 1.0, measure)
+
+
+def _layers(settings: DemoSettings, store: Store) -> xr.Dataset:
+    """The table of the layers, as `hesscope layers` makes it."""
+    objective = _objective(store.require(f"{TRAINED}-training"), TRAINED, "final", settings)
+    rows = {}
+    for layer in LAYERS:
+        structure = Eigenstructure.from_xarray(store.require(f"layer-{layer}"))
+        factors = kronecker_factors(objective, layer)
+        rows[layer] = layer_row(factors, structure, layer_low_rank(structure, factors))
+    return layers_dataset(rows).assign_attrs(curvature="hessian", classes=factors.classes)
 
 
 def _predict(settings: DemoSettings) -> xr.Dataset:
