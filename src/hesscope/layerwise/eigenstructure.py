@@ -44,8 +44,8 @@ CURVATURES: dict[str, Callable[[Objective, str], Operator]] = {
 }
 
 # [W] sees the overlap between models peak near k = width, and outliers near C - 1: twice the one and three times the
-# other show what comes after. No more than MOST_PAIRS unless told, since products and memory grow with k; where there are
-# more classes than that (language models), so that C - 1 is out of reach anyway, FEW_PAIRS.
+# other show what comes after. No more than MOST_PAIRS unless told, since products and memory grow with k; where there
+# are more classes than that (language models), so that C - 1 is out of reach anyway, FEW_PAIRS.
 WIDTHS, CLASSES, MOST_PAIRS, FEW_PAIRS = 2, 3, 256, 32
 
 # Up to this size the whole matrix is less work than its leading pairs; beyond, sums over the bulk are had from probes.
