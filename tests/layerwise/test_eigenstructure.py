@@ -1,6 +1,6 @@
 """Eigenstructure of layers: planted Kronecker Hessians give back what was planted, others agree with dense algebra."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import hesscope as hs
 from hesscope.core.errors import InputError
 from hesscope.estimate.eigenpairs import top_eigenpairs
 from hesscope.layerwise import eigenstructure as module
-from hesscope.layerwise.eigenstructure import Eigenstructure, eigenstructure, layer_eigenstructure
+from hesscope.layerwise.eigenstructure import Eigenstructure, eigenstructure, layer_eigenstructure, usual_pairs
 from hesscope.layerwise.factors import kronecker_factors
 from hesscope.layerwise.kronecker_pairs import KroneckerPairs
 from hesscope.layerwise.layers import find_layer
@@ -166,6 +166,9 @@ def test_how_many_pairs_unless_told(objective):
     assert layer_eigenstructure(objective, "0").k == 10
     assert layer_eigenstructure(objective, "4").k == 9
     assert layer_eigenstructure(mixed_objective(inputs=1, outputs=1, classes=2)[0], "fc").k == 2
+    layer = find_layer(objective, "0")
+    wide = replace(layer, outputs=300, inputs=20)
+    assert [usual_pairs(wide, classes) for classes in (None, 10, 256, 257, 50_000)] == [256, 256, 256, 32, 32]
 
 
 def test_a_bulk_by_probes():

@@ -321,9 +321,14 @@ CASES = {
     "partly rank one": ({"leading_share": [0.89, 0.95]}, {}, ("are nearly rank one in 1 of 2 layers",)),
     "not rank one": ({"leading_share": [0.89, 0.6]}, {}, ("are not rank one, and",)),
     "no classes": (
-        {"leading_share": [0.5, 0.5], "outliers_gap": [1, 1]},
+        {"leading_share": [0.5, 0.5], "outliers_gap": [1, 1], "leading": [1, 1]},
         {"classes": -1},
         ("Their top eigenvectors are not rank one, and 1 eigenvalue stands out of each.",),
+    ),
+    "more classes than eigenpairs": (
+        {"leading_share": [0.5, 0.5], "leading": [32, 20]},
+        {"classes": 500},
+        ("Their top 32 eigenvectors are not rank one",),
     ),
     "mean input": (
         {"input_alignment": [0.99996, 0.4], "input_ratio": [np.inf, 3.0], "right_alignment": [np.nan, 0.25]},

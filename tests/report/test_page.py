@@ -21,7 +21,18 @@ from hesscope.study.prediction import TheorySettings, run_theory, theory_store
 from hesscope.study.sweep import SweepSettings, run_sweep, sweep_store
 
 HERE = "tests.study.user_code"
-SECTIONS = ("training", "hessian", "energies", "ratios", "groups", "eigenvalues", "theory", "sweep", "provenance")
+SECTIONS = (
+    "training",
+    "hessian",
+    "energies",
+    "ratios",
+    "groups",
+    "eigenvalues",
+    "layers",
+    "theory",
+    "sweep",
+    "provenance",
+)
 DEMO = DemoSettings(width=4, epochs=4, theory_classes=(3, 10), sweep_classes=(3, 6))
 # Appended to a copy of the page: what the browser made of it, as JSON in the document.
 PROBE = """<script>
@@ -133,9 +144,36 @@ def test_figures_are_saved_as_png_and_pdf(page):
     names = {path.name for path in (page.parent / "figures").iterdir()}
     assert names == {
         f"{name}.{ending}"
-        for name in ("training", "hessian", "energies", "groups", "eigenvalues", "theory", "laws", "sweep", "spectra")
+        for name in (
+            "training",
+            "hessian",
+            "energies",
+            "groups",
+            "eigenvalues",
+            "layers",
+            "theory",
+            "laws",
+            "sweep",
+            "spectra",
+        )
         for ending in ("png", "pdf")
     }
+
+
+def test_the_page_states_how_the_layers_decouple(page):
+    """The error of the first layer, from the dense Hessian that the demo has stored."""
+    results = demo_results(page.parent, DEMO)
+    rows = results["layers"]
+    assert rows["layer"].to_numpy().tolist() == ["fc1", "fc2"]
+    hessian = results["cross_entropy-final"]["hessian"].to_numpy().astype(np.float64)
+    outputs, inputs = int(rows["outputs"][0]), int(rows["inputs"][0])
+    block = hessian[: outputs * inputs, : outputs * inputs]
+    R = block.reshape(outputs, inputs, outputs, inputs).transpose(0, 2, 1, 3).reshape(outputs**2, inputs**2)
+    singular = np.linalg.svd(R, compute_uv=False)
+    best = np.sqrt((singular[1:] ** 2).sum()) / np.linalg.norm(block)
+    assert float(rows["best_relative_error"][0]) == pytest.approx(best, rel=1e-5)
+    assert f"<td>{100 * best:.1f}\N{NO-BREAK SPACE}%</td>" in page.read_text()
+    assert float(rows["top_eigenvalue"][0]) == pytest.approx(np.linalg.eigvalsh(block)[-1], rel=1e-5)
 
 
 def test_the_page_states_the_numbers_of_the_results(page):

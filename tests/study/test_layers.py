@@ -229,7 +229,7 @@ def test_layers_whose_eigenvectors_would_be_too_large_get_fewer(tmp_path, monkey
     assert results.table["pairs"].to_numpy().tolist() == [100 // 21]
     monkeypatch.setattr(layers, "VECTOR_ENTRIES", 1024 * 256)
     study = prepared(tmp_path, {"full": 0, "errors": False}, **DIGITS)
-    assert [layers._fewer_pairs(layer) for layer in study.layers] == [None, None, None]
+    assert [layers._pairs(study, layer) for layer in study.layers] == [32, 32, 30]
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_bad_input_is_refused_before_anything_is_written(case, tmp_path):
 
 def test_a_layer_too_large_for_memory_is_refused_before_work(tmp_path, monkeypatch):
     monkeypatch.setattr("hesscope.core.memory.available_bytes", lambda device="cpu": 30_000)
-    with pytest.raises(HesscopeError, match=r"layer 'fc1' \(16 x 64, 256 eigenpairs\) needs .* use fewer eigenpairs"):
+    with pytest.raises(HesscopeError, match=r"layer 'fc1' \(16 x 64, 32 eigenpairs\) needs .* use fewer eigenpairs"):
         prepared(tmp_path, **DIGITS)
 
 

@@ -108,7 +108,7 @@ def write_layers_page(
         "matrix": name,
         "symbol": symbol,
         "classes": _classes(summary),
-        "top": _top_said(_classes(summary)),
+        "top": _top_said(summary),
         "cards": _cards(summary),
         "table": layers_table(summary),
         "methods": _methods(summary),
@@ -212,8 +212,8 @@ def _eigenvectors_said(summary: xr.Dataset) -> str:
     known = np.isfinite(shares)
     nearly = int((shares[known] >= NEARLY_RANK_ONE).sum())
     whose = "Their" if layers > 1 else "Its"
-    which = "top eigenvector is" if _top_said(classes) == 1 else f"top {_top_said(classes)} eigenvectors are"
-    if layers > 1 and _top_said(classes) == 1:
+    which = "top eigenvector is" if _top_said(summary) == 1 else f"top {_top_said(summary)} eigenvectors are"
+    if layers > 1 and _top_said(summary) == 1:
         which = "top eigenvectors are"
     where = "" if nearly in (0, int(known.sum())) else f" in {nearly} of {int(known.sum())} layers"
     ranks = f"{whose} {which} {'nearly' if nearly else 'not'} rank one{where}" if known.any() else ""
@@ -230,14 +230,15 @@ def _eigenvectors_said(summary: xr.Dataset) -> str:
     return f"{ranks}, and {stand}." if ranks else f"{stand}."
 
 
-def _top_said(classes: int | None) -> int:
-    return 1 if classes is None else max(classes - 1, 1)
+def _top_said(summary: xr.Dataset) -> int:
+    """Number of eigenvectors that count as top ones: C - 1, or as many as were measured; one without classes."""
+    return int(_values(summary, "leading").max())
 
 
 def _cards(summary: xr.Dataset) -> list[dict[str, str]]:
     """Ranges over the layers."""
     classes = _classes(summary)
-    top = _top_said(classes)
+    top = _top_said(summary)
     vectors = "top eigenvector as a matrix" if top == 1 else f"top {top} eigenvectors as matrices (median)"
     edges = _values(summary, "outliers_edge")
     seen = edges[np.isfinite(edges) & (edges >= 0)]
