@@ -76,7 +76,7 @@ def assert_legible(seen, pictures):
 def test_the_demo_s_page_in_a_browser(page, tmp_path):
     seen = opened(page, tmp_path)
     assert [name for name, _ in seen["seen"]] == list(SECTIONS)
-    assert_legible(seen, pictures=9)
+    assert_legible(seen, pictures=10)
     assert "block-diagonal to 1 part in" in seen["title"]
 
 
