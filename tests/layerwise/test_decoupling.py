@@ -70,7 +70,7 @@ def test_columns_in_place_of_output_hessians_give_the_same():
     x, y = randn(15, 3, seed=3), networks.vectors(15)[1]
     objective = hs.Objective(model, "cross_entropy", (x, y))
     layer = find_layer(objective, "0")
-    columns = decoupling._sample_sum(objective, layer, False, None)
+    columns = decoupling._sample_sum(objective, layer, decoupling.Seen(15, 1, 60, True), False, None)
     assert columns.columns
     M = SampleSum(columns.M @ columns.M.mT, columns.x, columns.terms, False)
     dense = DenseMatrix(networks.dense(layer_gauss_newton(objective, "0"), layer))
@@ -166,7 +166,8 @@ def test_the_error_of_probes_is_the_one_told(monkeypatch):
     exact = kronecker_factors(objective, "2")
     monkeypatch.setattr(decoupling, "DENSE_SIZE", 10)
     K, layer = (torch.as_tensor(exact.output), torch.as_tensor(exact.input)), find_layer(objective, "2")
-    found = [decoupling._hessian_errors(objective, layer, K, 4, seed, None) for seed in range(40)]
+    seen = decoupling.Seen(40, 4, 120, True)
+    found = [decoupling._hessian_errors(objective, layer, K, seen, seed, None) for seed in range(40)]
     errors = np.array([each.error for each in found])
     check_stderr(errors, [each.stderr for each in found])
     assert abs(errors.mean() - exact.relative_error) < 4 * errors.std(ddof=1) / np.sqrt(len(errors))
@@ -181,16 +182,76 @@ def test_a_zero_matrix_is_met_exactly():
     assert "zero" in factors.decoupling.note
 
 
-def test_errors_do_not_depend_on_the_scale():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [networks.mlp, lambda: networks.mlp(nn.Tanh)])
+def test_errors_do_not_depend_on_the_scale(make, dtype):
+    """Inputs times s and weights over s: the same function of scaled parameters, however small its squares."""
     x, y = networks.vectors()
-    plain = kronecker_factors(networks.objective(networks.mlp(), (x, y)), "0")
-    for scale in (1e-7, 1e7):
-        model = networks.mlp()
+    found = []
+    for scale in (1.0, 2.0**-40, 2.0**30):
+        model = nn.Sequential(nn.Linear(7, 6, bias=False), *list(make())[1:]).to(dtype)
         with torch.no_grad():
-            model[0].weight /= scale
-        scaled = kronecker_factors(networks.objective(model, (scale * x, y)), "0")
-        assert np.isfinite(scaled.best_relative_error)
-    model = networks.mlp()
-    objective = hs.Objective(model, lambda m, b: (m(b[0]).sum(), 40), (x, y))
-    assert objective.num_terms == 40
-    assert plain.relative_error > plain.best_relative_error > 0
+            model[0].weight.copy_(make()[0].weight / scale)
+        objective = hs.Objective(model, "cross_entropy", ((scale * x).to(dtype), y))
+        found.append(kronecker_factors(objective, "0"))
+    for other in found[1:]:
+        rel = 1e-4 if dtype == torch.float32 else 1e-10
+        assert other.relative_error == pytest.approx(found[0].relative_error, rel=rel)
+        assert other.best_relative_error == pytest.approx(found[0].best_relative_error, rel=rel)
+    assert found[0].relative_error > found[0].best_relative_error > 0
+
+
+def test_a_single_sample_is_a_product():
+    x, y = networks.vectors(1)
+    objective = hs.Objective(networks.mlp(), "cross_entropy", (x, y))
+    factors = kronecker_factors(objective, "0")
+    assert factors.relative_error < 1e-13
+    assert factors.best_relative_error < 1e-13
+
+
+def test_work_is_bounded_with_one_position_too(monkeypatch):
+    """Both kinds of Hessian: pairs of samples are not counted beyond the limit."""
+    monkeypatch.setattr(decoupling, "EXACT_WORK", 10**5)
+    for activation, words in ((nn.ReLU, "random combinations"), (nn.Tanh, "dense matrix")):
+        objective = networks.objective(networks.mlp(activation), networks.vectors(200))
+        found = kronecker_factors(objective, "0").decoupling
+        assert words in found.note
+        assert found.gauss_newton_stderr > 0
+        monkeypatch.setattr(decoupling, "EXACT_WORK", 10**12)
+        exact = kronecker_factors(objective, "0").decoupling
+        monkeypatch.setattr(decoupling, "EXACT_WORK", 10**5)
+        assert abs(found.gauss_newton_error - exact.gauss_newton_error) < 4 * found.gauss_newton_stderr
+        assert abs(found.relative_error - exact.relative_error) < 4 * found.gauss_newton_stderr
+
+
+def test_combinations_over_several_samples(monkeypatch):
+    """Sums over samples with random signs are as unbiased; more samples than rows make them necessary."""
+    objective = networks.objective(networks.convolutional(), networks.images(40))
+    exact = kronecker_factors(objective, "2")
+    K, layer = (torch.as_tensor(exact.output), torch.as_tensor(exact.input)), find_layer(objective, "2")
+    monkeypatch.setattr(decoupling, "MOST_ROWS", 64)
+    found = [decoupling._sampled(objective, layer, K, seed, None) for seed in range(60)]
+    assert "from 128 random" in found[0].note or "from 1" in found[0].note
+    squares = np.array([each.norm**2 for each in found])
+    z = (squares.mean() - exact.decoupling.norm**2) / (squares.std(ddof=1) / np.sqrt(len(squares)))
+    assert abs(z) < 4
+    errors = np.array([each.error for each in found])
+    check_stderr(errors, [each.stderr for each in found])
+
+
+def test_sampled_factors_are_judged_with_their_noise():
+    """Against the dense Hessian: the error is that of the very product that was made."""
+    objective = networks.objective(networks.mlp(nn.Tanh), networks.vectors())
+    factors = kronecker_factors(objective, "0", probes=2, seed=3)
+    error, best = dense_errors(layer_hessian(objective, "0"), find_layer(objective, "0"), factors)
+    assert factors.relative_error == pytest.approx(error, abs=1e-9)
+    assert factors.best_relative_error == pytest.approx(best, abs=1e-9)
+    assert "noise included" in factors.decoupling.note
+
+
+def test_progress_never_goes_back():
+    objective = networks.objective(networks.mlp(nn.Tanh), networks.vectors())
+    seen = []
+    kronecker_factors(objective, "0", progress=lambda done, planned: seen.append(done / planned))
+    assert seen == sorted(seen)
+    assert seen[-1] == 1

@@ -147,6 +147,81 @@ def test_tokens_beyond_the_limit_are_sampled():
     assert off < 3 * factors.output_stderr
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_batches_on_both_sides_of_the_limit(order):
+    """One batch of 20 tokens x 40 classes is exact, another of 30 is sampled: both count as they are."""
+    model = randomized(nn.Sequential(nn.Embedding(40, 4), nn.ReLU(), nn.Linear(4, 40)), 4)
+    batches = [(randint(40, 6, T, seed=T), randint(40, 6, T, seed=1)) for T in (20, 30)][::order]
+    factors = all_kronecker_factors(hs.Objective(model, "cross_entropy", batches), ["2"])["2"]
+    x = torch.cat([model[1](model[0](ids)).detach().flatten(0, 1) for ids, _ in batches])
+    p = model[2](x).detach().softmax(1)
+    truth = (torch.diag(p.sum(0)) - p.T @ p) / len(p)
+    off = float((torch.as_tensor(factors.output) - truth).norm() / truth.norm())
+    assert 0 < off < 3 * factors.output_stderr
+    assert factors.output_stderr < 0.2
+    assert factors.columns == 6 * 40 * (20 + 30)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("activation", [torch.relu, torch.tanh])
+def test_batches_of_unequal_length(order, activation):
+    """One position per sample in one batch, several in the other."""
+    model = randomized(networks.Tokens(activation), 3)
+    x, y = networks.sequences()
+    batches = [(x[:4, :1], y[:4]), (x[4:], y[4:])][::order]
+    factors = kronecker_factors(hs.Objective(model, "cross_entropy", batches), "a")
+    H = networks.dense(layer_hessian(hs.Objective(model, "cross_entropy", batches), "a"), LAYER_A)
+    product = torch.einsum("ab,ij->aibj", torch.as_tensor(factors.output), torch.as_tensor(factors.input))
+    assert factors.relative_error == pytest.approx(float((H - product).norm() / H.norm()), abs=1e-9)
+    assert (factors.positions, factors.sharing) == (4, "expand")
+    assert relative_error(factors.output, sum_of_squares(model, batches)) < 1e-10
+
+
+LAYER_A = find_layer(hs.Objective(networks.Tokens().double(), "cross_entropy", networks.sequences()), "a")
+
+
+def sum_of_squares(model, batches):
+    """E[M] of layer a by brute force over unequal batches."""
+    found = [each for x, _ in batches for each in networks.brute_force(model, "a", x)]
+    return sum(torch.einsum("totu->ou", M) for _, M in found) / len(found)
+
+
+def test_a_bias_that_comes_first_stays_with_its_matrix():
+    """As torch.nn.utils.prune.remove leaves it: the bias is registered before the weight."""
+    model = networks.mlp(nn.Tanh)
+    weight = model[0].weight
+    del model[0].weight
+    model[0].register_parameter("weight", weight)
+    objective, usual = (
+        hs.Objective(each, "cross_entropy", networks.vectors()) for each in (model, networks.mlp(nn.Tanh))
+    )
+    assert find_layer(objective, "0").parameters == ("0.bias", "0.weight")
+    dense = [networks.dense(layer_hessian(each, "0"), find_layer(each, "0")) for each in (objective, usual)]
+    assert relative_error(dense[0], dense[1]) < 1e-12
+    theta = torch.cat([model[0].bias.detach(), weight.detach().flatten()])
+    layer = find_layer(objective, "0")
+    assert torch.equal(layer.matricized(theta)[:, :-1], weight.detach())
+    assert torch.equal(layer.flattened(layer.matricized(theta)), theta)
+    found, expected = (hs.layerwise.layer_eigenstructure(each, "0", k=6) for each in (objective, usual))
+    assert np.allclose(found.overlap, expected.overlap, rtol=1e-6)
+
+
+def test_a_layer_without_a_gradient_has_zero_factors():
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(7, 5), nn.Linear(5, 4)
+
+        def forward(self, x):
+            with torch.no_grad():
+                h = self.a(x)
+            return self.b(torch.relu(h))
+
+    factors = all_kronecker_factors(hs.Objective(randomized(Detached(), 1), "cross_entropy", networks.vectors()))
+    assert not factors["a"].output.any()
+    assert factors["b"].output.any()
+
+
 def test_operators_are_in_the_order_of_the_parameters():
     objective = networks.objective(networks.mlp(nn.Tanh), networks.vectors())
     where = torch.arange(objective.parameters.size)
@@ -207,21 +282,23 @@ class Fused(nn.Module):
 
 
 class TimeFirst(nn.Module):
-    """Samples are the second axis inside; with as many steps as samples no shape tells."""
+    """Samples are the second axis inside; with as many steps as samples no shape tells, nor when they are flattened."""
 
-    def __init__(self):
+    def __init__(self, flat):
         super().__init__()
-        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.a, self.b, self.flat = nn.Linear(5, 4), nn.Linear(4, 3), flat
 
     def forward(self, x):
-        return self.b(torch.relu(self.a(x.transpose(0, 1))).mean(0))
+        steps = x.transpose(0, 1)
+        h = self.a(steps.reshape(-1, 5)).view(*steps.shape[:2], 4) if self.flat else self.a(steps)
+        return self.b(torch.relu(h).mean(0))
 
 
-@pytest.mark.parametrize("samples", [4, 6, 8, 16])
-def test_another_axis_than_samples_in_front_is_refused(samples):
-    objective = hs.Objective(
-        randomized(TimeFirst(), 6), "cross_entropy", (randn(samples, 8, 5, seed=1), randint(3, samples, seed=2))
-    )
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("sizes", [(4,), (6,), (8,), (16,), (1, 8), (1, 4, 4)])
+def test_another_axis_than_samples_in_front_is_refused(sizes, flat):
+    batches = [(randn(size, 8, 5, seed=size), randint(3, size, seed=2)) for size in sizes]
+    objective = hs.Objective(randomized(TimeFirst(flat), 6), "cross_entropy", batches)
     with pytest.raises(hs.HesscopeError, match="'a' is given inputs whose first axis does not count samples"):
         kronecker_factors(objective, "a")
     assert kronecker_factors(objective, "b").positions == 1

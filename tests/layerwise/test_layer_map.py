@@ -6,7 +6,7 @@ from torch import nn
 
 import hesscope as hs
 from hesscope.layerwise.factors import kronecker_factors
-from hesscope.layerwise.layer_map import layer_map
+from hesscope.layerwise.layer_map import LayerMap, layer_map
 from tests.helpers import randint, randn, randomized
 from tests.layerwise import networks
 
@@ -21,12 +21,13 @@ def test_all_layers_are_measured_as_one_by_one():
         single = kronecker_factors(objective, name, sharing="reduce")
         assert found.relative_error[number] == single.relative_error
         assert found.best_relative_error[number] == single.best_relative_error
-        assert found.residual_share[number] == single.decoupling.residual_share
-        assert found.gauss_newton_error[number] == single.decoupling.gauss_newton_error
+        assert found.decouplings[number] == single.decoupling
+        assert found.sharing[number] == single.sharing
         assert found.sizes[number] == np.prod(single.shape)
-    dataset = found.to_xarray()
-    assert list(dataset["layer"].values) == list(found.layers)
-    assert np.array_equal(dataset["norm"].values, found.norm)
+    again = LayerMap.from_xarray(found.to_xarray())
+    assert (again.layers, again.sharing, again.decouplings) == (found.layers, found.sharing, found.decouplings)
+    assert (again.left_out, again.provenance) == (found.left_out, found.provenance)
+    assert np.array_equal(again.sizes, found.sizes)
     assert layer_map(objective, ["2"]).layers == ("2",)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from hesscope.core.errors import DataError
 from hesscope.core.memory import available_bytes, require_memory
 from hesscope.core.rng import normal, rademacher, stream
+from hesscope.estimate.lanczos import power_of_two
 from hesscope.layerwise.kronecker_sums import (
     DenseMatrix,
     KroneckerSum,
@@ -36,14 +37,23 @@ from hesscope.operators import GaussNewton, Hessian
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
 
-# The exact form is taken up to so many multiply-adds (seconds on a CPU), and so many parameters for a dense H.
+# The exact form is taken up to so many multiply-adds (tens of seconds on a CPU), and so many parameters for a dense H.
 EXACT_WORK = 10**12
 DENSE_SIZE = 2048
 
-# Beyond that: so many random combinations in all, in independent groups of at least so many each; more groups where
-# samples are few, since one group has one combination of a sample.
-MOST_ROWS, FEWEST_ROWS = 4096, 16
+# Products of a step of the search for the nearest product, and steps that it takes where nothing is hard.
+STEPS = 8
+
+# Output Hessians of all samples are held whole up to so many bytes, then as columns.
+WHOLE_BYTES = 2**30
+
+# Beyond the exact form: so many random combinations in all, and of so many bytes, in independent groups of at least so
+# many each; more groups where samples are few, since one group has one combination of a sample.
+MOST_ROWS, FEWEST_ROWS, ROWS_BYTES = 4096, 16, 2**30
 FEWEST_GROUPS, MOST_GROUPS = 8, 64
+
+# What is made of rows takes so many times their memory.
+COPIES = 6
 
 # Products with the true Hessian, where it is not the Gauss-Newton matrix and too large to be formed.
 HESSIAN_PROBES = 32
@@ -57,11 +67,14 @@ class Decoupling:
     """Distances of a layer's matrix from Kronecker products, relative to its norm.
 
     Attributes:
-        relative_error, relative_stderr: |H - E[M] (x) E[x x^T]| / |H| for the true Hessian H; stderr 0 if exact.
-        best_relative_error, best_stderr: of the nearest Kronecker product; an upper bound of it where it is sampled;
-            nan where it is out of reach.
+        relative_error, relative_stderr: |H - E[M] (x) E[x x^T]| / |H| for the true Hessian H, and the very factors that
+            were made: where E[M] was sampled its noise is part of the error, and not of the standard error, which is
+            that of H's sampling, 0 if exact.
+        best_relative_error, best_stderr: of the nearest Kronecker product; where it is sampled an upper bound in
+            expectation, with the standard error of judging the product that was found; nan where it is out of reach.
         gauss_newton_error, gauss_newton_stderr, gauss_newton_best: the same for the Gauss-Newton matrix.
-        residual_share: |(H - G) v| / |H v| for a random v: what of the Hessian is not Gauss-Newton; 0 if nothing.
+        residual_share: |(H - G) v| / |H v| for a random v: how large what is not Gauss-Newton is beside the Hessian
+            (more than 1 where the two cancel in part); 0 if there is nothing.
         norm: |H|_F.
         note: how it was measured.
     """
@@ -92,6 +105,19 @@ class Decoupling:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What is known of a layer's data: samples, positions of each (at most), columns of the loss's root over them all.
+
+    exact: whether to take all these columns where that is not too much work.
+    """
+
+    samples: int
+    positions: int
+    columns: int
+    exact: bool
+
+
+@dataclass(frozen=True)
 class Errors:
     """Errors against one matrix; see Decoupling."""
 
@@ -104,23 +130,21 @@ class Errors:
 
 
 def decoupling(
-    objective: Objective,
-    layer: Layer,
-    K: tuple[Tensor, Tensor],
-    positions: int,
-    exact: bool,
-    seed: int,
-    progress: Progress | None,
+    objective: Objective, layer: Layer, K: tuple[Tensor, Tensor], seen: Seen, seed: int, progress: Progress | None
 ) -> Decoupling:
     """Measure the distances of a layer's Hessian from K = (E[M], E[x x^T]) and from the nearest product.
 
     Args:
-        positions: of each sample; exact: whether to take all columns of the loss's root where that is not too much.
+        K: [outputs, outputs] and [inputs, inputs], where the objective's parameters are.
+        seed: of random combinations and vectors; progress: called with (done, planned) in thousandths.
+
+    Raises:
+        DataError: something is not finite. TooLargeError: what it takes does not fit in memory.
     """
-    K = (K[0].to(objective.parameters.device), K[1].to(objective.parameters.device))
     share = _residual_share(objective, layer, seed)
-    gauss_newton = _gauss_newton_errors(objective, layer, K, positions, exact, seed, progress)
-    true = gauss_newton if share == 0 else _hessian_errors(objective, layer, K, positions, seed, progress)
+    halves = [None, None] if progress is None else [_half(progress, number) for number in (0, 1)]
+    gauss_newton = _gauss_newton_errors(objective, layer, K, seen, seed, progress if share == 0 else halves[0])
+    true = gauss_newton if share == 0 else _hessian_errors(objective, layer, K, seen, seed, halves[1])
     return Decoupling(
         relative_error=true.error,
         relative_stderr=true.stderr,
@@ -131,8 +155,12 @@ def decoupling(
         gauss_newton_best=gauss_newton.best,
         residual_share=share,
         norm=true.norm,
-        note=true.note,
+        note=true.note if seen.exact else f"{true.note}; of the sampled E[M], its noise included",
     )
+
+
+def _half(progress: Progress, number: int) -> Progress:
+    return lambda done, planned: progress(number * planned // 2 + done // 2, planned)
 
 
 def _residual_share(objective: Objective, layer: Layer, seed: int) -> float:
@@ -141,8 +169,8 @@ def _residual_share(objective: Objective, layer: Layer, seed: int) -> float:
     v = normal((layer.size,), stream(seed, "residual share")).to(own.parameters.device, own.parameters.dtype)
     Hv = Hessian(own, engine="double_backward", memory=0) @ v
     Gv = GaussNewton(own, engine="double_backward", memory=0) @ v
-    largest = max(float(Hv.norm()), float(Gv.norm()))
-    rest = float((Hv - Gv).norm())
+    Hv, Gv = Hv.double(), Gv.double()  # squares of small numbers vanish in single precision
+    rest, largest = float((Hv - Gv).norm()), max(float(Hv.norm()), float(Gv.norm()))
     return 0.0 if rest <= ROUNDINGS * torch.finfo(v.dtype).eps * largest else rest / float(Hv.norm())
 
 
@@ -150,71 +178,69 @@ def _residual_share(objective: Objective, layer: Layer, seed: int) -> float:
 
 
 def _gauss_newton_errors(
-    objective: Objective,
-    layer: Layer,
-    K: tuple[Tensor, Tensor],
-    positions: int,
-    exact: bool,
-    seed: int,
-    progress: Progress | None,
+    objective: Objective, layer: Layer, K: tuple[Tensor, Tensor], seen: Seen, seed: int, progress: Progress | None
 ) -> Errors:
-    if positions == 1 and exact:
-        return _measured(_sample_sum(objective, layer, False, progress), K, "exact, over pairs of samples")
-    rows = _count_rows(objective, layer) if exact else 0
+    if not seen.exact:
+        return _sampled(objective, layer, K, seed, progress)
+    if seen.positions == 1 and _pair_work(layer, seen, False) <= EXACT_WORK:
+        return _measured(_sample_sum(objective, layer, seen, False, progress), K, "exact, over pairs of samples")
+    rows, space = seen.columns, objective.parameters
     small = layer.size <= DENSE_SIZE  # then exact to rounding also where the error is none
-    work = rows * layer.size * (layer.size if small else rows // 2)
-    if rows and work <= EXACT_WORK and (small or _fit(layer, rows, objective)):
+    work = rows * layer.size * (layer.size if small else rows // 2 + 4 * STEPS * sum(layer.shape))
+    item = torch.finfo(space.dtype).bits // 8
+    if work <= EXACT_WORK and (small or COPIES * item * rows * layer.size <= available_bytes(space.device)):
         if small:
             return _measured(_dense_sum(objective, layer, progress), K, "exact, from the dense matrix")
-        g = torch.cat(list(_rows(objective, layer, progress)))
-        return _measured(RowSum(g, objective.num_terms), K, "exact, over pairs of samples and classes")
+        g = list(_rows(objective, layer, progress))
+        empty = torch.zeros(1, *layer.shape, dtype=space.dtype, device=space.device)
+        H = RowSum(torch.cat(g) if g else empty, objective.num_terms)
+        return _measured(H, K, "exact, over pairs of samples and classes")
     return _sampled(objective, layer, K, seed, progress)
 
 
+def _pair_work(layer: Layer, seen: Seen, true: bool) -> int:
+    """Multiply-adds over all pairs of samples, each with one position."""
+    each = seen.columns // seen.samples
+    pair = layer.outputs**2 if true else min(layer.outputs**2, layer.outputs * each**2)
+    return seen.samples**2 * (pair + layer.inputs) // 2
+
+
 def _measured(H: KroneckerSum, K: tuple[Tensor, Tensor], note: str) -> Errors:
+    size = H.scale()
+    H, A, B = H.divided(*size), K[0] / size[0], K[1] / size[1]
     norm = H.norm_squared()
     if not isfinite(norm):
         raise DataError("the layer's matrix is not finite, or its entries are too large to be squared")
     if norm == 0:
         return Errors(0.0, 0.0, 0.0, 0.0, 0.0, f"{note}; the matrix is zero")
-    error = relative(H.distance_squared(*K), norm)
-    nearest = nearest_product(H, K[1])
+    error = relative(H.distance_squared(A, B), norm)
+    nearest = nearest_product(H, B)
     best = relative(H.distance_squared(nearest.scale * nearest.A, nearest.B), norm)
-    return Errors(error, 0.0, min(best, error), 0.0, sqrt(norm), note)
+    return Errors(error, 0.0, min(best, error), 0.0, sqrt(norm) * size[0] * size[1], note)
 
 
-def _sample_sum(objective: Objective, layer: Layer, true: bool, progress: Progress | None) -> SampleSum:
+def _sample_sum(objective: Objective, layer: Layer, seen: Seen, true: bool, progress: Progress | None) -> SampleSum:
     """All M_n and x_n of a layer with one position: of the Hessian, or of the Gauss-Newton matrix."""
-    M, x, columns = [], [], False
+    M: list[Tensor] = []
+    x: list[Tensor] = []
+    columns = False
     for piece in pieces(objective, [layer]):
         own = piece.inputs(layer)[:, 0]
         x.append(torch.cat([own, torch.ones_like(own[:, :1])], 1) if layer.bias else own)
-        C = piece.columns_per_sample()
-        # Whichever makes fewer products of pairs; the M_n need more memory, too.
-        columns = not true and layer.outputs > C * C
+        if not M:
+            C = piece.columns_per_sample()
+            whole = seen.samples * layer.outputs**2 * own.element_size()
+            # Whichever makes fewer products of pairs, unless the M_n need too much memory.
+            columns = not true and (layer.outputs > C * C or (whole > WHOLE_BYTES and layer.outputs > C))
+            held = 3 * (seen.columns * layer.outputs * own.element_size() if columns else whole)
+            require_memory(held, own.device, f"output Hessians of layer {layer.name!r}", "fewer samples")
         if true:
             M.append(piece.output_hessians(layer))
         else:
-            w = torch.stack([pulled[layer.name][:, 0] for pulled in piece.pulled_columns()], dim=2)
-            M.append(w if columns else w @ w.mT)
-        if len(M) == 1:
-            held = M[0].numel() // len(M[0]) * M[0].element_size() * 2 * round(objective.num_terms)
-            require_memory(held, M[0].device, f"output Hessians of layer {layer.name!r}", "fewer samples")
+            w = [pulled[layer.name][:, 0] for pulled in piece.pulled_columns(also_zero=True)]
+            M.append(torch.stack(w, dim=2) if columns else torch.stack(w, dim=2) @ torch.stack(w, dim=1))
         _report(progress, piece)
     return SampleSum(torch.cat(M), torch.cat(x), objective.num_terms, columns)
-
-
-def _count_rows(objective: Objective, layer: Layer) -> int:
-    """Number of samples times columns of the root, from a look at the first piece."""
-    for piece in pieces(objective, [layer]):
-        return round(piece.columns_per_sample() * piece.samples / piece.done)
-    return 0
-
-
-def _fit(layer: Layer, rows: int, objective: Objective) -> bool:
-    """Whether all rows, and what is made of them, fit in memory."""
-    item = torch.finfo(objective.parameters.dtype).bits // 8
-    return 4 * item * rows * layer.size <= available_bytes(objective.parameters.device)
 
 
 def _rows(objective: Objective, layer: Layer, progress: Progress | None) -> Iterator[Tensor]:
@@ -224,6 +250,14 @@ def _rows(objective: Objective, layer: Layer, progress: Progress | None) -> Iter
         for pulled in piece.pulled_columns():
             yield pulled[layer.name].mT @ x
         _report(progress, piece)
+
+
+def _merged(w: Tensor, x: Tensor, count: int) -> Tensor:
+    """Sums of w^T x over `count` samples each, [n / count, outputs, inputs]; w [n, T, outputs], x [n, T, inputs]."""
+    if count == 1:
+        return w.mT @ x
+    pairs = zip(torch.split(w, count), torch.split(x, count), strict=True)
+    return torch.stack([some.flatten(0, 1).T @ own.flatten(0, 1) for some, own in pairs])
 
 
 def _with_bias(x: Tensor, layer: Layer) -> Tensor:
@@ -247,20 +281,35 @@ def _sampled(
     Each group's sum is unbiased for G, so that products of two different groups are for its square. The nearest product
     is found from one half of the groups and judged by the other: no product found so does better than the nearest.
     """
-    samples = sum(piece.samples for piece in pieces(objective, [layer]))
-    most = int(min(MOST_ROWS, (2 * EXACT_WORK / layer.size) ** 0.5))
-    groups = max(FEWEST_GROUPS, min(MOST_GROUPS, most // samples)) // 2 * 2
+    sizes = [piece.samples for piece in pieces(objective, [layer])]
+    space = objective.parameters
+    item = torch.finfo(space.dtype).bits // 8
+    most = int(
+        min(
+            MOST_ROWS,
+            (2 * EXACT_WORK / layer.size) ** 0.5,
+            EXACT_WORK / (4 * STEPS * layer.size * sum(layer.shape)),
+            ROWS_BYTES / (item * layer.size),
+        )
+    )
+    groups = max(FEWEST_GROUPS, min(MOST_GROUPS, most // sum(sizes))) // 2 * 2
     # Combinations over several samples where there are too many of these.
-    merged = max(1, -(-samples // max(FEWEST_ROWS, most // groups)))
+    merged = max(1, -(-sum(sizes) // max(FEWEST_ROWS, most // groups)))
+    rows = groups * sum(-(-size // merged) for size in sizes)
+    needed = COPIES * item * rows * layer.size
+    require_memory(needed, space.device, f"{rows} combinations for layer {layer.name!r}", "errors=False")
     held: list[list[Tensor]] = [[] for _ in range(groups)]
     for piece in pieces(objective, [layer]):
         x = _with_bias(piece.inputs(layer), layer)
         for group, pulled in enumerate(piece.pulled_signs(groups, seed, "decoupling", layer.name)):
-            g = pulled[layer.name].mT @ x
-            held[group].append(torch.stack([part.sum(0) for part in torch.split(g, merged)]))
+            held[group].append(_merged(pulled[layer.name], x, merged))
         _report(progress, piece)
     terms = objective.num_terms
-    g = torch.cat([torch.cat(rows) for rows in held])
+    g = torch.cat([torch.cat(part) for part in held])
+    largest = power_of_two(float(g.abs().max()))  # so that squares of squares neither vanish nor burst
+    if not isfinite(largest):
+        raise DataError("the layer's matrix is not finite")
+    g, K = g / largest, (K[0] / largest**2, K[1])
     pairs = RowSum(g, terms).pair_sums(groups).cpu().numpy()
     inner = _group_products(g, terms, groups, *K)
     square = float(K[0].square().sum() * K[1].square().sum())
@@ -274,19 +323,26 @@ def _sampled(
         ]
     )
 
-    def errors(kept: Array) -> tuple[float, float, float]:
+    def squares(kept: Array) -> tuple[float, float, float]:
+        """Squared errors, of K and of the product that was found, and the squared norm, from some of the groups."""
         count = len(kept)
         among = pairs[np.ix_(kept, kept)]
         norm = (among.sum() - among.trace()) / (count * (count - 1))
-        found = norm - 2 * inner[kept].mean() + square
-        return relative(found, norm), relative(norm - judged[kept].mean() ** 2, norm), norm
+        return 1 + (square - 2 * inner[kept].mean()) / norm, 1 - judged[kept].mean() ** 2 / norm, norm
 
     everything = np.arange(groups)
-    error, best, norm = errors(everything)
-    without = np.array([errors(np.delete(everything, left))[:2] for left in range(groups)])
+    *found, norm = squares(everything)
+    without = np.array([squares(np.delete(everything, left))[:2] for left in range(groups)])
     spread = np.sqrt((groups - 1) / groups * ((without - without.mean(0)) ** 2).sum(0))
-    note = f"from {len(g)} random combinations in {groups} groups; the best is an upper bound"
-    return Errors(error, float(spread[0]), min(best, error), float(spread[1]), sqrt(max(norm, 0.0)), note)
+    (error, stderr), (best, best_stderr) = (_root(value, wide) for value, wide in zip(found, spread, strict=True))
+    note = f"from {len(g)} random combinations in {groups} groups; the best is an upper bound in expectation"
+    return Errors(error, stderr, best, best_stderr, sqrt(max(norm, 0.0)) * largest**2, note)
+
+
+def _root(square: float, stderr: float) -> tuple[float, float]:
+    """Root of an estimate with its standard error; near zero the error of the root is the root of the error."""
+    root = sqrt(max(square, 0.0))
+    return root, float(min(stderr / (2 * root), sqrt(stderr))) if root > 0 else sqrt(stderr)
 
 
 def _group_products(g: Tensor, terms: float, groups: int, A: Tensor, B: Tensor) -> Array:
@@ -299,15 +355,10 @@ def _group_products(g: Tensor, terms: float, groups: int, A: Tensor, B: Tensor) 
 
 
 def _hessian_errors(
-    objective: Objective,
-    layer: Layer,
-    K: tuple[Tensor, Tensor],
-    positions: int,
-    seed: int,
-    progress: Progress | None,
+    objective: Objective, layer: Layer, K: tuple[Tensor, Tensor], seen: Seen, seed: int, progress: Progress | None
 ) -> Errors:
-    if positions == 1:
-        return _measured(_sample_sum(objective, layer, True, progress), K, "exact, over pairs of samples")
+    if seen.positions == 1 and _pair_work(layer, seen, True) <= EXACT_WORK:
+        return _measured(_sample_sum(objective, layer, seen, True, progress), K, "exact, over pairs of samples")
     H = Hessian(objective.restricted(layer.parameters))
     if layer.size <= DENSE_SIZE:
         matrices = layer.matricized(H.dense()).reshape(layer.size, -1)  # every column as a matrix, and then every row

@@ -23,7 +23,7 @@ from hesscope.core.checks import require_choice, require_positive_int
 from hesscope.core.errors import DataError, InputError
 from hesscope.core.memory import require_memory
 from hesscope.core.records import Provenance, require_xarray_kind
-from hesscope.layerwise.decoupling import Decoupling, decoupling
+from hesscope.layerwise.decoupling import Decoupling, Seen, decoupling
 from hesscope.layerwise.layers import Layer, find_layer, layers_of
 from hesscope.layerwise.taps import calls_of, pieces, unusable
 from hesscope.objective import Objective
@@ -55,12 +55,13 @@ class KroneckerFactors:
 
     Attributes:
         layer: its name; kind: "linear", "convolution" or "embedding"; bias: whether the last input is its 1.
-        sharing: "none" (one position per sample), "expand" or "reduce"; positions: of the first batch's samples.
+        sharing: "none" (one position per sample), "expand" or "reduce"; positions: of a sample, at most.
         output: E[M], [outputs, outputs]: mean over loss terms, and sum over positions (of the sum over them: "reduce").
         input: E[x x^T], [inputs, inputs]: mean over samples and positions (of the mean over them: "reduce").
         input_mean: E[x], [inputs].
         output_stderr: standard error of `output`, in units of its Frobenius norm; 0 if exact.
-        samples: number of samples; classes: number of outputs that are classes, None if they are none.
+        samples: number of samples; columns: of the loss's root, of all samples together.
+        classes: number of outputs that are classes, None if they are none.
         decoupling: how near the product is to the layer's Hessian; None if it was not asked for.
         provenance: how it was made.
     """
@@ -75,6 +76,7 @@ class KroneckerFactors:
     input_mean: Array = field(repr=False)
     output_stderr: float
     samples: int
+    columns: int
     classes: int | None
     decoupling: Decoupling | None
     provenance: Provenance
@@ -109,7 +111,7 @@ class KroneckerFactors:
 
         attributes = {
             "record": "KroneckerFactors",
-            **{name: getattr(self, name) for name in ("layer", "kind", "sharing", "positions", "samples")},
+            **{name: getattr(self, name) for name in ("layer", "kind", "sharing", "positions", "samples", "columns")},
             "bias": int(self.bias),
             "output_stderr": self.output_stderr,
             "classes": -1 if self.classes is None else self.classes,
@@ -145,6 +147,7 @@ class KroneckerFactors:
             input_mean=dataset["input_mean"].values,
             output_stderr=float(attributes["output_stderr"]),
             samples=int(attributes["samples"]),
+            columns=int(attributes["columns"]),
             classes=int(attributes["classes"]) if attributes["classes"] >= 0 else None,
             decoupling=Decoupling.from_attributes(attributes),
             provenance=Provenance.from_attributes(attributes),
@@ -184,11 +187,23 @@ def kronecker_factors(
     if not errors:
         return factors
     rest = None if progress is None else lambda done, planned: progress((planned + done) // 2, planned)
-    dtype = objective.parameters.dtype
-    K = (torch.from_numpy(factors.output).to(dtype), torch.from_numpy(factors.input).to(dtype))
-    exact = probes is None and factors.output_stderr == 0
-    measured = decoupling(objective, found, K, factors.positions, exact, seed, rest)
-    return replace(factors, decoupling=measured)
+    return with_errors(objective, found, factors, seed, rest)
+
+
+def with_errors(
+    objective: Objective, layer: Layer, factors: KroneckerFactors, seed: int = 0, progress: Progress | None = None
+) -> KroneckerFactors:
+    """The same factors with their decoupling errors; arguments and errors as for `kronecker_factors`."""
+    module = objective.model.get_submodule(layer.name)
+    if getattr(module, "padding_idx", None) is not None:
+        raise InputError(
+            f"layer {layer.name!r} has a padding_idx, of which PyTorch's second derivative is wrong, so that the error "
+            "of its factors is not known: pass errors=False"
+        )
+    space = objective.parameters
+    K = tuple(torch.from_numpy(factor).to(space.device, space.dtype) for factor in (factors.output, factors.input))
+    seen = Seen(factors.samples, factors.positions, factors.columns, exact=factors.output_stderr == 0)
+    return replace(factors, decoupling=decoupling(objective, layer, (K[0], K[1]), seen, seed, progress))
 
 
 def all_kronecker_factors(
@@ -211,37 +226,38 @@ def all_kronecker_factors(
     chosen = layers_of(objective) if layers is None else [find_layer(objective, name) for name in layers]
     if not chosen:
         raise InputError("the network has no layers: no nn.Linear, nn.Conv2d or nn.Embedding with trainable weights")
-    calls = calls_of(objective, chosen)
-    conventions = {layer.name: _convention(layer, calls[layer.name], sharing) for layer in chosen}
+    for name, calls in calls_of(objective, chosen).items():
+        reason = unusable(*calls, sharing)
+        if reason:
+            raise InputError(f"layer {name!r} {reason}")
     item = torch.finfo(objective.parameters.dtype).bits // 8
     needed = item * sum(GROUPS * layer.outputs**2 + 2 * layer.inputs**2 for layer in chosen)
     require_memory(needed, objective.parameters.device, f"Kronecker factors of {len(chosen)} layers", "fewer layers")
-    sums = {layer.name: _Sums(layer, conventions[layer.name], objective) for layer in chosen}
-    samples, columns, sampled, classes = 0, 0, 0, None
+    sums = {layer.name: _Sums(layer, sharing, objective) for layer in chosen}
+    samples, columns, drawn, classes = 0, 0, 0, None
     for piece in pieces(objective, chosen):
         samples += piece.samples
-        columns = max(columns, piece.columns_per_sample())
+        columns += piece.samples * piece.columns_per_sample()
         classes = piece.classes()
         sampled = (DEFAULT_PROBES if piece.columns_per_sample() > MOST_COLUMNS else 0) if probes is None else probes
+        drawn = max(drawn, sampled)
         for layer in chosen:
-            sums[layer.name].add_inputs(piece.inputs(layer))
+            sums[layer.name].add_inputs(piece.inputs(layer), len(piece.calls[layer.name]))
         pulled = piece.pulled_signs(sampled, seed, "kronecker factors") if sampled else piece.pulled_columns()
         for number, w in enumerate(pulled):
             for layer in chosen:
-                sums[layer.name].add_outputs(w[layer.name], number % GROUPS if sampled else 0)
+                sums[layer.name].add_outputs(w[layer.name], number if sampled else None)
         if progress is not None:
             progress(round(1000 * piece.done), 1000)
-    how = f"{sampled} random combinations" if sampled else f"all {columns} columns"
+    how = f"{drawn} random combinations" if drawn else f"all {columns // samples} columns"
     made = Provenance(
         engine=f"kronecker factors: {how} a sample",
         dtype=str(objective.parameters.dtype).removeprefix("torch."),
         device=str(objective.parameters.device),
         data_fingerprint=objective.data_fingerprint,
-        seed=seed if sampled else None,
+        seed=seed if drawn else None,
     )
-    return {
-        layer.name: sums[layer.name].factors(samples, calls[layer.name][1], sampled, classes, made) for layer in chosen
-    }
+    return {layer.name: sums[layer.name].factors(samples, columns, drawn, classes, made) for layer in chosen}
 
 
 def layer_hessian(objective: Objective, layer: str, **arguments: Any) -> Operator:
@@ -264,66 +280,63 @@ def layer_gauss_newton(objective: Objective, layer: str, **arguments: Any) -> Op
     return GaussNewton(objective.restricted(find_layer(objective, layer).parameters), **arguments)
 
 
-def _convention(layer: Layer, calls: tuple[int, int], sharing: str | None) -> str:
-    uses, positions = calls
-    reason = unusable(uses, positions, sharing)
-    if reason:
-        raise InputError(f"layer {layer.name!r} {reason}")
-    return "none" if uses == 1 and positions == 1 else sharing or "expand"
-
-
 class _Sums:
-    """Running sums of one layer's factors."""
+    """Running sums of one layer's factors: output Hessians of all columns, and of groups of random combinations."""
 
-    def __init__(self, layer: Layer, sharing: str, objective: Objective) -> None:
+    def __init__(self, layer: Layer, sharing: str | None, objective: Objective) -> None:
         self.layer, self.sharing, self.terms = layer, sharing, objective.num_terms
-        features = layer.inputs - layer.bias
-        space = objective.parameters
-        self.outputs: dict[int, Tensor] = {}
+        features, space = layer.inputs - layer.bias, objective.parameters
+        self.whole = torch.zeros(layer.outputs, layer.outputs, dtype=space.dtype, device=space.device)
+        self.groups: dict[int, Tensor] = {}
         self.inputs = torch.zeros(features, features, dtype=space.dtype, device=space.device)
         self.total = torch.zeros(features, dtype=space.dtype, device=space.device)
-        self.count = 0
+        self.count, self.positions = 0, 0
 
-    def add_inputs(self, x: Tensor) -> None:
-        """X [n, T, features]."""
+    def add_inputs(self, x: Tensor, uses: int) -> None:
+        """X [n, T, features] of so many calls."""
+        self.positions = max(self.positions, x.shape[1])
+        if uses > 1 and self.sharing is None:  # in a later batch than the one that was looked at
+            raise InputError(f"layer {self.layer.name!r} {unusable(uses, self.positions, None)}")
         x = x.mean(1, keepdim=True) if self.sharing == "reduce" else x
         self.inputs = _add_squares(self.inputs, x)
         self.total += x.sum((0, 1))
         self.count += x.shape[0] * x.shape[1]
 
-    def add_outputs(self, w: Tensor, group: int) -> None:
-        """W [n, T, outputs]."""
+    def add_outputs(self, w: Tensor, probe: int | None) -> None:
+        """W [n, T, outputs] of one column, or of one random combination of all columns."""
         w = w.sum(1, keepdim=True) if self.sharing == "reduce" else w
-        if group not in self.outputs:
-            self.outputs[group] = torch.zeros(w.shape[2], w.shape[2], dtype=w.dtype, device=w.device)
-        self.outputs[group] = _add_squares(self.outputs[group], w)
+        if probe is None:
+            self.whole = _add_squares(self.whole, w)
+        else:
+            group = probe % GROUPS
+            self.groups[group] = _add_squares(self.groups.get(group, torch.zeros_like(self.whole)), w)
 
     def factors(
-        self, samples: int, positions: int, sampled: int, classes: int | None, provenance: Provenance
+        self, samples: int, columns: int, probes: int, classes: int | None, provenance: Provenance
     ) -> KroneckerFactors:
-        """The record; `sampled`: number of random combinations, 0 if all columns were taken."""
+        """The record; `probes`: number of random combinations of those samples that have not all columns."""
         moment, mean = self.inputs / self.count, self.total / self.count
         if self.layer.bias:
             one = torch.ones(1, dtype=mean.dtype, device=mean.device)
             moment = torch.cat([torch.cat([moment, mean[:, None]], 1), torch.cat([mean, one])[None]])
             mean = torch.cat([mean, one])
-        divisor = self.terms * (sampled or 1)
-        empty = torch.zeros(self.layer.outputs, self.layer.outputs, dtype=mean.dtype, device=mean.device)
-        output = sum(self.outputs.values(), empty) / divisor
+        output = sum((group / probes for group in self.groups.values()), self.whole) / self.terms
         for what, matrix in (("output Hessian", output), ("input moment", moment)):
             if not bool(matrix.isfinite().all()):
                 raise DataError(f"the {what} of layer {self.layer.name!r} is not finite")
+        norm = float(output.norm()) * self.terms * probes
         return KroneckerFactors(
             layer=self.layer.name,
             kind=self.layer.kind,
             bias=self.layer.bias,
-            sharing=self.sharing,
-            positions=positions,
+            sharing="none" if self.positions == 1 else self.sharing or "expand",
+            positions=self.positions,
             output=_symmetric(output),
             input=_symmetric(moment),
             input_mean=mean.cpu().numpy(),
-            output_stderr=_spread(self.outputs, sampled, float(output.norm()) * divisor) if sampled else 0.0,
+            output_stderr=_spread(self.groups, probes, norm) if self.groups else 0.0,
             samples=samples,
+            columns=columns,
             classes=classes,
             decoupling=None,
             provenance=provenance,

@@ -9,12 +9,14 @@ Each knows its norm and its rearrangement R (Van Loan, Pitsianis 1993): R is the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hesscope.estimate.lanczos import power_of_two
 
 # Matrices of pairs are made in tiles of so many entries.
 TILE_ENTRIES = 2**24
@@ -27,6 +29,12 @@ MOST_STEPS = 200
 
 class KroneckerSum(Protocol):
     """What the forms have in common; A is [outputs, outputs], B is [inputs, inputs]."""
+
+    def scale(self) -> tuple[float, float]:
+        """Powers of two near the sizes of the outputs' and of the inputs' side, 1 for 0."""
+
+    def divided(self, a: float, b: float) -> KroneckerSum:
+        """H / (a b), so that squares neither vanish nor burst: the outputs' side / a, the inputs' side / b."""
 
     def norm_squared(self) -> float:
         """|H|_F^2."""
@@ -54,6 +62,15 @@ class SampleSum:
     x: Tensor
     terms: float
     columns: bool
+
+    def scale(self) -> tuple[float, float]:
+        """Of the M_n, and of the x_n x_n^T."""
+        size = _size(self.M)
+        return size**2 if self.columns else size, _size(self.x) ** 2
+
+    def divided(self, a: float, b: float) -> SampleSum:
+        """M_n / a and x_n x_n^T / b."""
+        return SampleSum(self.M / (sqrt(a) if self.columns else a), self.x / sqrt(b), self.terms, self.columns)
 
     def norm_squared(self) -> float:
         """Sum over pairs of samples of <M_n, M_m> (x_n . x_m)^2."""
@@ -83,6 +100,9 @@ class SampleSum:
             inner = float((A * self.left(B)).sum())
             return max(self.norm_squared() - 2 * inner + float(A.square().sum() * B.square().sum()), 0.0)
         X, M = self.x.T @ self.x / len(self.x), self.M.sum(0) / self.terms
+        share = float((B * X).sum() / X.square().sum())
+        if share > 0:  # only the product of A and B matters: with B as large as X, small differences are small
+            A, B = A * share, B / share
         dA, dB = A - M, B - X
         deviations = SampleSum(self.M - self.M.mean(0), self.x, self.terms, False)
         covariance = deviations._pairs(deviations.M, X)
@@ -122,6 +142,14 @@ class RowSum:
 
     g: Tensor
     terms: float
+
+    def scale(self) -> tuple[float, float]:
+        """Of the g g^T, and 1."""
+        return _size(self.g) ** 2, 1.0
+
+    def divided(self, a: float, b: float) -> RowSum:
+        """G g^T / (a b)."""
+        return RowSum(self.g / sqrt(a * b), self.terms)
 
     def norm_squared(self) -> float:
         """Sum over pairs of (g_r . g_s)^2."""
@@ -166,6 +194,14 @@ class DenseMatrix:
 
     H: Tensor
 
+    def scale(self) -> tuple[float, float]:
+        """Of H, and 1."""
+        return _size(self.H), 1.0
+
+    def divided(self, a: float, b: float) -> DenseMatrix:
+        """H / (a b)."""
+        return DenseMatrix(self.H / (a * b))
+
     def norm_squared(self) -> float:
         """Sum of squares."""
         return float(self.H.square().sum())
@@ -196,9 +232,10 @@ def nearest_product(H: KroneckerSum, start: Tensor) -> NearestProduct:
     """The best Kronecker product, by the Lanczos recurrence for R^T R with all vectors kept.
 
     Args:
-        start: a symmetric B [inputs, inputs] to start from, such as E[x x^T]; not zero.
+        start: a symmetric B [inputs, inputs] to start from, such as E[x x^T]; the identity is taken for zero.
     """
-    basis = [start / start.norm()]
+    size = start.norm()
+    basis = [start / size if float(size) > 0 else torch.eye(len(start)).to(start) / len(start) ** 0.5]
     tolerance = max(SINGULAR_TOLERANCE, 10 * torch.finfo(start.dtype).eps)
     images: list[Tensor] = []
     while True:
@@ -223,6 +260,11 @@ def nearest_product(H: KroneckerSum, start: Tensor) -> NearestProduct:
         if done or size <= rounding or len(basis) >= min(MOST_STEPS, B.numel()):
             return NearestProduct(value, A / value, B)
         basis.append((fresh / size).view_as(start))
+
+
+def _size(entries: Tensor) -> float:
+    largest = float(entries.abs().max()) if entries.numel() else 0.0
+    return power_of_two(largest) if isfinite(largest) else 1.0
 
 
 def relative(distance_squared: float, norm_squared: float) -> float:

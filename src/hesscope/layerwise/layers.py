@@ -27,7 +27,8 @@ class Layer:
         outputs: rows of the matrix; inputs: its columns: features, or channels x kernel, or tokens, and the bias.
         bias: whether the last column is one.
         transposed: whether the weight tensor holds the matrix with the inputs first.
-        parameters: names of its tensors in the objective's ParameterSpace, the weight first.
+        parameters: names of its tensors, in the order of the objective's ParameterSpace: the weight first, but for
+            modules whose bias was registered before it.
     """
 
     name: str
@@ -48,6 +49,10 @@ class Layer:
         """Number of its parameters P."""
         return self.outputs * self.inputs
 
+    @property
+    def _bias_first(self) -> bool:
+        return self.bias and self.parameters[0].endswith("bias")
+
     def matricized(self, vectors: Tensor) -> Tensor:
         """Vectors [P] or [P, K] of its parameters, in their order, as matrices [outputs, inputs] or [K, ., .].
 
@@ -60,7 +65,10 @@ class Layer:
             )
         rows = vectors.unsqueeze(0) if vectors.ndim == 1 else vectors.T
         features = self.inputs - self.bias
-        weight, bias = rows[:, : self.outputs * features], rows[:, self.outputs * features :]
+        if self._bias_first:
+            bias, weight = rows[:, : self.outputs], rows[:, self.outputs :]
+        else:
+            weight, bias = rows[:, : self.outputs * features], rows[:, self.outputs * features :]
         if self.transposed:
             matrices = weight.reshape(-1, features, self.outputs).mT
         else:
@@ -84,7 +92,8 @@ class Layer:
         weight = several[:, :, :features]
         rows = (weight.mT if self.transposed else weight).reshape(len(several), -1)
         if self.bias:
-            rows = torch.cat([rows, several[:, :, features]], dim=1)
+            bias = several[:, :, features]
+            rows = torch.cat([bias, rows] if self._bias_first else [rows, bias], dim=1)
         return rows[0] if matrices.ndim == 2 else rows.T
 
 
@@ -131,6 +140,10 @@ def _trainable(objective: Objective, module: nn.Module) -> Iterator[nn.Parameter
 def _layer_or_reason(objective: Objective, name: str, module: nn.Module) -> Layer | str:
     """The layer, or why the module is none."""
     kind = _kind(module)
+    if hasattr(module, "parametrizations"):
+        return "is parametrized (torch.nn.utils.parametrizations): its weight is a function of other parameters"
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return f"is a convolution with {module.groups} groups, whose matrix is a block-diagonal one"
     if kind is None:
         return f"is no layer but a {type(module).__name__}; layers are {SUPPORTED}"
     weight, bias = module.weight, getattr(module, "bias", None)
@@ -145,6 +158,7 @@ def _layer_or_reason(objective: Objective, name: str, module: nn.Module) -> Laye
     transposed = kind == "embedding" or output_axis(module) == 1
     matrix = weight.mT if transposed else weight
     prefix = f"{name}." if name else ""
+    own = [f"{prefix}weight", *([f"{prefix}bias"] if has_bias else [])]
     return Layer(
         name=name,
         kind=kind,
@@ -152,7 +166,7 @@ def _layer_or_reason(objective: Objective, name: str, module: nn.Module) -> Laye
         inputs=math.prod(matrix.shape[1:]) + has_bias,
         bias=has_bias,
         transposed=transposed,
-        parameters=(f"{prefix}weight", *([f"{prefix}bias"] if has_bias else [])),
+        parameters=tuple(entry for entry in objective.parameters.names if entry in own),
     )
 
 

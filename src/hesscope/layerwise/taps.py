@@ -80,11 +80,14 @@ class Piece:
         """Number of entries of the root that belong to one sample: classes, or tokens times classes."""
         return self._root.live.numel() // self.samples
 
-    def pulled_columns(self) -> Iterator[dict[str, Tensor]]:
-        """W [n, T, outputs] of every layer, for one column of the root of each sample after the other."""
+    def pulled_columns(self, also_zero: bool = False) -> Iterator[dict[str, Tensor]]:
+        """W [n, T, outputs] of every layer, for one column of the root of each sample after the other.
+
+        also_zero: whether columns that are zero for all samples are among them.
+        """
         live = self._root.live.reshape(self.samples, -1)
         for column in range(live.shape[1]):
-            if bool(live[:, column].any()):
+            if also_zero or bool(live[:, column].any()):
                 chosen = torch.zeros(live.shape, dtype=self.outputs.dtype, device=live.device)
                 chosen[:, column] = 1.0
                 yield self._pulled(chosen)
@@ -99,6 +102,8 @@ class Piece:
     def output_hessians(self, layer: Layer) -> Tensor:
         """d^2 loss sum / dz^2 of every sample, [n, outputs, outputs], of a layer with one position per sample."""
         (call,) = self.calls[layer.name]
+        if call.made.numel() != self.samples * layer.outputs:
+            raise InputError(f"layer {layer.name!r} has several positions per sample in batch {self.index}")
         loss = require_output_loss(self.objective, NAME)
         total = loss.evaluate(self.outputs, self.targets).sum
         (gradient,) = torch.autograd.grad(total, call.made, create_graph=True)
@@ -172,30 +177,43 @@ def pieces(objective: Objective, layers: Sequence[Layer]) -> Iterator[Piece]:
 
 
 def calls_of(objective: Objective, layers: Sequence[Layer]) -> dict[str, tuple[int, int]]:
-    """(calls in a forward pass, positions of a sample over all calls) of each layer on the first batch.
+    """(calls in a forward pass, positions of a sample over all calls) of each layer on the first batch of samples.
 
-    A layer that is not called has (0, 0); one whose inputs do not have the samples as their first axis (calls, 0): the
-    length of that axis is compared between the batch and a part of it.
+    A layer that is not called has (0, 0); one whose inputs do not run over the samples in order (calls, 0): what it is
+    given for a part of the batch must be the beginning of what it is given for all of it.
     """
-    seen = []
     with explained(NAME), objective.evaluating() as (theta, batches), torch.no_grad():
-        index, batch = next(iter(batches))
+        for index, batch in batches:  # the first that has samples to compare
+            samples = count_samples(batch)
+            if samples > 1 or index == objective.num_batches - 1:
+                break
+        seen = []
         for part in (batch, cut(batch, 2)[0]):
             with _tapping(objective, layers) as calls:
                 objective.outputs_and_targets(theta.detach(), part, index)
-            seen.append((count_samples(part), calls))
+            seen.append(calls)
+    share = count_samples(cut(batch, 2)[0]) / samples
     found = {}
     for layer in layers:
-        positions = [
-            [
-                (call.made.shape[0] / samples, call.made.numel() // (samples * layer.outputs))
-                for call in calls[layer.name]
-            ]
-            for samples, calls in seen
-        ]
-        fits = positions[0] == positions[1] and all(rows == int(rows) for rows, _ in positions[0])
-        found[layer.name] = (len(positions[0]), sum(each for _, each in positions[0]) if fits else 0)
+        whole, part = (calls[layer.name] for calls in seen)
+        positions = sum(call.made.numel() // (samples * layer.outputs) for call in whole)
+        fits = len(whole) == len(part) and all(
+            _leads(half.given, call.given, share) and call.made.shape[0] % samples == 0
+            for half, call in zip(part, whole, strict=True)
+        )
+        found[layer.name] = (len(whole), positions if fits else 0)
     return found
+
+
+def _leads(part: Tensor, whole: Tensor, share: float) -> bool:
+    """Whether `part` is the first `share` of `whole` along its first axis, up to rounding."""
+    rows = round(share * len(whole)) if whole.ndim else 0
+    if part.shape[:1] != (rows,) or part.shape[1:] != whole.shape[1:]:
+        return False
+    if not part.is_floating_point():
+        return torch.equal(part, whole[:rows])
+    allowed = 1e4 * torch.finfo(part.dtype).eps * float(whole.abs().max()) if whole.numel() else 0.0
+    return bool(((part - whole[:rows]).abs() <= allowed).all())
 
 
 def unusable(uses: int, positions: int, sharing: str | None) -> str:
@@ -235,7 +253,7 @@ def _tapping(objective: Objective, layers: Sequence[Layer]) -> Iterator[dict[str
     def tap(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, made: Tensor) -> Tensor:
             given = args[0] if args else next(iter(kwargs.values()))
-            if torch.is_grad_enabled() and not made.requires_grad:
+            if not made.requires_grad:
                 made = made.detach().requires_grad_()
             calls[name].append(Call(given.detach(), made))
             return made.clone()  # what follows may write to it
@@ -258,8 +276,9 @@ def _unfolded(layer: Layer, module: Any, given: Tensor, dtype: torch.dtype) -> T
         return tokens
     if layer.kind == "linear":
         return given
-    x = given if given.ndim == 4 else given.unsqueeze(0)
-    x = functional.pad(x, module._reversed_padding_repeated_twice, mode=_PADDING.get(module.padding_mode, "constant"))
+    x = functional.pad(
+        given, module._reversed_padding_repeated_twice, mode=_PADDING.get(module.padding_mode, "constant")
+    )
     # A view of all patches, copied once: ten times faster than functional.unfold on a CPU.
     (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
     samples, channels, height, width = x.shape
