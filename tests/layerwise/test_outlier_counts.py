@@ -99,3 +99,11 @@ def test_the_largest_gap():
 def test_a_drop_to_rounding_is_a_gap_and_nothing_after_it_is(scale):
     values = scale * np.array([4.0, 3, 1, 1e-17, -1e-18, 1e-30])
     assert largest_gap(values, 1e-15 * scale).count == 3
+
+
+def test_of_a_whole_spectrum_the_upper_half_is_searched():
+    """The largest ratio may be the last one; most eigenvalues are no outliers."""
+    values = [8.0, 7.0, 3.0, 2.5, 2.0, 0.01]
+    assert largest_gap(values, 1e-12).count == 5
+    found = largest_gap(values, 1e-12, whole=True)
+    assert (found.count, found.searched) == (2, 3)

@@ -121,7 +121,7 @@ def test_the_page_states_overlaps_of_dense_eigenvectors(models, drawn):
         assert f"from {plain(percent(at.min()))} to {plain(percent(at.max()))}" in section
     assert ratios[0] > 5 > ratios[1]  # as planted
     headline = plain(compare_headline(datasets(models)))
-    assert headline.startswith("The 3 runs share the top eigenspace of 1 of 2 layers: most in layer fc1 (")
+    assert headline.startswith("The 3 runs share the top eigenspace of 1 of 2 layers: most above chance in layer fc1 (")
     assert (
         f"{plain(percent(overlaps_of[0]))}, {ratios[0]:.1f} times chance at k = {OUTPUTS}), least in layer fc2"
         in headline

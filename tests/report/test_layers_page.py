@@ -172,7 +172,7 @@ def test_the_page_states_sums_over_the_dense_hessian(network, study, drawn):
         assert row["error"] == plain(percent(errors[-1]))
         assert row["best product"] == plain(percent(best))
         assert row["largest λ"] == number(values[0])
-        assert row["outliers"] == str(gap)
+        assert row["outliers"].split(" ") == [str(gap), f"(×{values[gap - 1] / values[gap]:.2f})"]
         assert row["overlap"] == plain(percent(overlap))
         assert row["rank one"] == plain(percent(leading))
         assert row["along E[x]"] == plain(percent(along))
@@ -317,6 +317,12 @@ CASES = {
         {"leading_share": [0.91, 0.95], "outliers_gap": [2, 11]},
         {},
         ("Their top 3 eigenvectors are nearly rank one, and 2 to 11 eigenvalues stand out of each (C − 1 = 3).",),
+    ),
+    "no outliers": ({"outliers_ratio": [1.2, 1.49]}, {}, (", and no eigenvalues stand clearly out.",)),
+    "outliers of one layer": (
+        {"outliers_ratio": [1.2, 1.6], "outliers_gap": [9, 2]},
+        {},
+        ("and 2 eigenvalues stand out in 1 of 2 layers (C − 1 = 3).", "<td>9 (×1.20)</td>"),
     ),
     "partly rank one": ({"leading_share": [0.89, 0.95]}, {}, ("are nearly rank one in 1 of 2 layers",)),
     "not rank one": ({"leading_share": [0.89, 0.6]}, {}, ("are not rank one, and",)),

@@ -378,7 +378,11 @@ def _structure(
         trace_stderr=float(errors[0]),
         energy=energy,
         energy_stderr=float(errors[1]),
-        gap=largest_gap(found.values, _rounding(found.values, torch.finfo(operator.dtype).eps)),
+        gap=largest_gap(
+            found.values,
+            _rounding(found.values, torch.finfo(operator.dtype).eps),
+            len(found.values) == operator.shape[0],
+        ),
         edge=beyond_edge(found.values, rest),
         provenance=Provenance(
             engine=f"eigenstructure: {found.provenance.engine}",

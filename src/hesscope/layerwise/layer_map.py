@@ -136,8 +136,10 @@ def layer_map(
         usable, reasons = usable_layers(objective, sharing)
     else:
         usable, reasons = [find_layer(objective, name) for name in dict.fromkeys(layers)], {}
+    if layers is not None and not usable:
+        raise InputError("layers is empty: name at least one, or leave it out for all")
     if not usable:
-        why = "; ".join(f"{name!r} {reason}" for name, reason in reasons.items()) or "none is named"
+        why = "; ".join(f"{name!r} {reason}" for name, reason in reasons.items()) or "it has no layers"
         raise InputError(f"the network has no layer that can be measured: {why}")
     factors = all_kronecker_factors(objective, [layer.name for layer in usable], sharing, seed=seed)
     found: list[KroneckerFactors] = []

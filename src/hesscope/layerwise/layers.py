@@ -104,6 +104,8 @@ def find_layer(objective: Objective, name: str) -> Layer:
         InputError: no such module (the nearest names are told), or one that is no layer: of another kind, without a
             trainable weight, or with a weight that another module uses, too.
     """
+    if not isinstance(name, str):
+        raise InputError(f"a layer must be given by the name of its module, got {type(name).__name__}")
     modules = dict(objective.model.named_modules())
     if name not in modules:
         known = [layer.name for layer in layers_of(objective)]
@@ -112,7 +114,7 @@ def find_layer(objective: Objective, name: str) -> Layer:
         raise InputError(f"there is no layer {name!r}; the layers are {listed}{hint}")
     found = _layer_or_reason(objective, name, modules[name])
     if isinstance(found, str):
-        raise InputError(f"{name!r} {found}")
+        raise InputError(f"{name!r} {found}; layers are {SUPPORTED}")
     return found
 
 
@@ -145,7 +147,7 @@ def _layer_or_reason(objective: Objective, name: str, module: nn.Module) -> Laye
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return f"is a convolution with {module.groups} groups, whose matrix is a block-diagonal one"
     if kind is None:
-        return f"is no layer but a {type(module).__name__}; layers are {SUPPORTED}"
+        return f"is no layer but a {type(module).__name__}"
     weight, bias = module.weight, getattr(module, "bias", None)
     if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
         return "has no trainable weight"

@@ -54,17 +54,21 @@ class EdgeOutliers:
         )
 
 
-def largest_gap(values: npt.ArrayLike, rounding: float) -> GapOutliers:
+def largest_gap(values: npt.ArrayLike, rounding: float, whole: bool = False) -> GapOutliers:
     """The number i of eigenvalues before the largest ratio lambda_i / lambda_(i+1).
 
     All positions i = 1 ... k - 1 between the given eigenvalues are searched, so the count depends on k only if a larger
-    gap follows. Eigenvalues below `rounding` (and negative ones) count as `rounding`: a drop to zero is a gap, what
-    comes after it is none. The first of equal ratios counts.
+    gap follows; of a whole spectrum only its upper half is, since most eigenvalues are no outliers. Eigenvalues below
+    `rounding` (and negative ones) count as `rounding`: a drop to zero is a gap, what comes after it is none. The first
+    of equal ratios counts.
 
     Args:
         values: the k leading eigenvalues, descending, [k]; rounding: their error, in their unit.
+        whole: whether these are all eigenvalues of the matrix.
     """
     descending = np.asarray(values, dtype=np.float64)
+    if whole:
+        descending = descending[: len(descending) // 2 + 1]
     floored = np.maximum(descending, max(rounding, np.finfo(np.float64).tiny))
     ratios = floored[:-1] / floored[1:]
     if not len(ratios):

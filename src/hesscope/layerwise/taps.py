@@ -23,7 +23,7 @@ from hesscope.core.rng import rademacher, stream
 from hesscope.layerwise.layers import Layer
 from hesscope.objective import Objective
 from hesscope.objective.objective import require_output_loss
-from hesscope.objective.pieces import count_samples, cut
+from hesscope.objective.pieces import count_samples
 from hesscope.operators.output_root import OutputRoot, curvature_root
 from hesscope.operators.second_derivatives import explained
 
@@ -163,11 +163,7 @@ def pieces(objective: Objective, layers: Sequence[Layer]) -> Iterator[Piece]:
     number = 0
     with explained(NAME), objective.evaluating() as (theta, batches):
         for index, batch in batches:
-            parts = objective.pieces(theta, batch, index, count)
-            if len(parts) == 1 and count_samples(batch) > 1:
-                raise DataError(
-                    f"the samples of batch {index} depend on each other, so a layer's Hessian is no mean over samples"
-                )
+            parts = _independent_parts(objective, theta, batch, index, count)
             for place, part in enumerate(parts, start=1):
                 done = (index + place / len(parts)) / objective.num_batches
                 piece = _tapped(objective, theta, part, (number, index, done), tuple(layers))
@@ -187,12 +183,14 @@ def calls_of(objective: Objective, layers: Sequence[Layer]) -> dict[str, tuple[i
             samples = count_samples(batch)
             if samples > 1 or index == objective.num_batches - 1:
                 break
+        with torch.enable_grad():
+            beginning, *_ = _independent_parts(objective, theta, batch, index, 2)
         seen = []
-        for part in (batch, cut(batch, 2)[0]):
+        for part in (batch, beginning):
             with _tapping(objective, layers) as calls:
                 objective.outputs_and_targets(theta.detach(), part, index)
             seen.append(calls)
-    share = count_samples(cut(batch, 2)[0]) / samples
+    share = count_samples(beginning) / samples
     found = {}
     for layer in layers:
         whole, part = (calls[layer.name] for calls in seen)
@@ -203,6 +201,15 @@ def calls_of(objective: Objective, layers: Sequence[Layer]) -> dict[str, tuple[i
         )
         found[layer.name] = (len(whole), positions if fits else 0)
     return found
+
+
+def _independent_parts(objective: Objective, theta: Tensor, batch: Any, index: int, count: int) -> list[Any]:
+    parts = objective.pieces(theta, batch, index, count)
+    if len(parts) == 1 and count_samples(batch) > 1:
+        raise DataError(
+            f"the samples of batch {index} depend on each other, so a layer's Hessian is no mean over samples"
+        )
+    return parts
 
 
 def _leads(part: Tensor, whole: Tensor, share: float) -> bool:

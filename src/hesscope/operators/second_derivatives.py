@@ -171,5 +171,5 @@ def require_symmetric(pair: Tensor, products: Tensor, what: str) -> None:
         raise ModelError(
             f"{what} is not symmetric (relative gap {relative:.1g}): an operation has a wrong second derivative, "
             "like torch's weight_norm, Embedding(scale_grad_by_freq=True or padding_idx) or a custom function whose "
-            "backward detaches; or the loss is so small that its curvature is lost in rounding (dtype=torch.float64)"
+            "backward detaches; or the loss is so small that its curvature is lost in rounding (try torch.float64)"
         )

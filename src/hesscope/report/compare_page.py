@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PAGE = "compare.html"
 # From this many times chance on, an eigenspace is said to be shared.
 SHARED = 5.0
+# So is one of at least this overlap: in a layer of few inputs chance is large.
+HALF = 0.5
 # Predictions within this factor of what was measured are said to agree with it.
 AGREEING = 1.5
 # So many layers have figures of their own, those that are shared most.
@@ -78,9 +80,9 @@ def compare_headline(shared: Sequence[xr.Dataset]) -> str:
     """Which layers share their top eigenspace, how many times chance, and whether decoupling predicts it."""
     layers = _layers(shared)
     runs = len(layers[0].found.labels)
-    ratios = [each.at.ratio for each in layers]
+    ratios = [each.at.ratio for each in layers]  # those that are shared most stand highest above chance
     most, least = layers[int(np.argmax(ratios))], layers[int(np.argmin(ratios))]
-    yes = [each for each in layers if each.at.ratio >= SHARED]
+    yes = [each for each in layers if each.at.ratio >= SHARED or each.at.mean >= HALF]
     if len(layers) == 1:
         verb = "share" if yes else "hardly share"
         said = f"The {runs} runs {verb} the top eigenspace of layer {most.name}: the overlap is {_times(most)}"
@@ -89,7 +91,9 @@ def compare_headline(shared: Sequence[xr.Dataset]) -> str:
             "every layer" if len(yes) == len(layers) else f"{len(yes)} of {len(layers)} layers" if yes else "no layer"
         )
         said = f"The {runs} runs share the top eigenspace of {which}: "
-        said += f"most in layer {most.name} ({_times(most)}), least in layer {least.name} ({_times(least)})"
+        said += (
+            f"most above chance in layer {most.name} ({_times(most)}), least in layer {least.name} ({_times(least)})"
+        )
     worst = max((each.factor for each in layers), default=1.0)
     agrees = sum(each.factor <= AGREEING for each in layers)
     if agrees == len(layers):

@@ -35,6 +35,10 @@ SHARINGS = {
 }
 # Below the first error layers are said to decouple well, below the second roughly, beyond that badly.
 WELL, ROUGHLY = 0.1, 0.5
+# Smaller shares are rounding.
+ROUNDING = 1e-9
+# Eigenvalues are said to stand out before a gap of at least this ratio.
+STANDS_OUT = 1.5
 # Matrices with this share of their energy in one singular value are said to be nearly rank one.
 NEARLY_RANK_ONE = 0.9
 # Overview figures show so many layers, those of the largest eigenvalues; so many have figures of their own.
@@ -116,6 +120,7 @@ def write_layers_page(
         "pictures": pictures,
         "sections": sections,
         "layer_count": len(measured),
+        "stands_out": f"{STANDS_OUT:.1f}",
         "shown": len(_foremost(summary)),
         "full": None if whole is None else _full_facts(whole),
         "command": command,
@@ -163,7 +168,7 @@ def layers_table(summary: xr.Dataset) -> list[tuple[str, ...]]:
                 best if measured else UNMEASURED,
                 share_with_error(float(at["residual_share"]), 0.0, UNMEASURED),
                 number(float(at["top_eigenvalue"])),
-                _count(at["outliers_gap"]),
+                f"{_count(at['outliers_gap'])} (×{float(at['outliers_ratio']):.2f})",
                 "no edge" if edge == "—" else edge,
                 percent(float(at["overlap_with_kronecker"])),
                 percent(float(at["leading_share"])),
@@ -180,7 +185,7 @@ def share_with_error(share: float, stderr: float, missing: str = "—") -> str:
     if not np.isfinite(share):
         return missing
     if not stderr > 0:
-        return percent(share)
+        return percent(share if share > ROUNDING else 0.0)
     decimals = max(1, -int(np.floor(np.log10(100 * stderr))))
     return f"{100 * share:.{decimals}f}\N{NO-BREAK SPACE}% ± {100 * stderr:.{decimals}f}"
 
@@ -188,7 +193,7 @@ def share_with_error(share: float, stderr: float, missing: str = "—") -> str:
 def spoken_range(values: Array, names: Sequence[str]) -> str:
     """'30.0 % (layer fc1) to 42.4 % (layer fc3)', or the one value that there is."""
     low, high = int(np.argmin(values)), int(np.argmax(values))
-    ends = percent(float(values[low])), percent(float(values[high]))
+    ends = share_with_error(float(values[low]), 0.0), share_with_error(float(values[high]), 0.0)
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} (layer {names[low]}) to {ends[1]} (layer {names[high]})"
 
 
@@ -201,7 +206,7 @@ def _decoupling_said(summary: xr.Dataset) -> str:
     verdicts = {"well" if error < WELL else "roughly" if error < ROUGHLY else "badly" for error in errors}
     verdict = verdicts.pop() if len(verdicts) == 1 else "unevenly"
     if len(names) == 1:
-        return f"Layer {names[0]} decouples {verdict}: E[M] ⊗ E[xxᵀ] misses {percent(errors[0])} of its Hessian."
+        return f"Layer {names[0]} decouples {verdict}: E[M] ⊗ E[xxᵀ] misses {share_with_error(errors[0], 0.0)} of its Hessian."
     return f"The layers decouple {verdict}: E[M] ⊗ E[xxᵀ] misses {spoken_range(errors, names)} of their Hessians."
 
 
@@ -217,12 +222,17 @@ def _eigenvectors_said(summary: xr.Dataset) -> str:
         which = "top eigenvectors are"
     where = "" if nearly in (0, int(known.sum())) else f" in {nearly} of {int(known.sum())} layers"
     ranks = f"{whose} {which} {'nearly' if nearly else 'not'} rank one{where}" if known.any() else ""
-    counts = _values(summary, "outliers_gap").astype(int)
+    clear = _values(summary, "outliers_ratio") >= STANDS_OUT
+    if not clear.any():
+        none = "no eigenvalues stand clearly out"
+        return f"{ranks}, and {none}." if ranks else f"{none.capitalize()}."
+    counts = _values(summary, "outliers_gap").astype(int)[clear]
     low, high = int(counts.min()), int(counts.max())
     one = low == high == 1
     said = f"{low}" if low == high else f"{low} to {high}"
     stand = f"{said} eigenvalue{'' if one else 's'} stand{'s' if one else ''} out"
-    stand += (" of each" if layers > 1 else "") + (
+    every = " of each" if clear.all() else f" in {int(clear.sum())} of {layers} layers"
+    stand += (every if layers > 1 else "") + (
         ""
         if classes is None
         else f" (C\N{NO-BREAK SPACE}−\N{NO-BREAK SPACE}1\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{classes - 1})"
@@ -316,12 +326,12 @@ def _cosine(value: float) -> str:
     if not np.isfinite(value):
         return "—"
     rest = 1 - value
-    decimals = 3 if not 0 < rest < 1e-3 else min(int(np.ceil(-np.log10(rest))), 9)
+    decimals = 3 if not 0 < rest < 1e-3 else min(int(np.ceil(-np.log10(rest))), 6)
     return f"{value:.{decimals}f}"
 
 
 def _ratio(value: float) -> str:
-    return "∞" if np.isinf(value) else "—" if np.isnan(value) else number(value)
+    return "∞" if np.isinf(value) else "—" if np.isnan(value) else "> 10⁶" if value > 1e6 else number(value)
 
 
 def reasons(given: str) -> list[tuple[str, str]]:

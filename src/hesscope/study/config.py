@@ -89,7 +89,8 @@ matrix = "hessian"
 # Where a sample has several positions (patches, tokens): "expand" takes these for samples, and "reduce" takes sums over
 # them. Unless told "expand", and layers that a forward pass uses more than once are left out.
 # sharing = "expand"
-# Eigenpairs of every layer; unless told twice its outputs or three times the classes, but at most 256.
+# Eigenpairs of every layer; unless told twice its outputs or three times the classes, but at most 256, and 32 if there
+# are more than 256 classes.
 # eigenpairs = 32
 # Eigenpairs of the whole matrix, to be compared with those of its layers; 0 to leave them out.
 full = 10

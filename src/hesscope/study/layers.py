@@ -385,6 +385,7 @@ def layer_row(factors: KroneckerFactors, structure: Eigenstructure, low_rank: La
         "input_alignment": low_rank.input_alignment,
         "input_ratio": low_rank.input_ratio,
         "outliers_gap": structure.gap.count,
+        "outliers_ratio": structure.gap.ratio,
         "outliers_edge": np.nan if edge is None else float(edge),
         "expected_outliers": np.nan if expected is None else float(expected),
     }
