@@ -206,7 +206,8 @@ def _decoupling_said(summary: xr.Dataset) -> str:
     verdicts = {"well" if error < WELL else "roughly" if error < ROUGHLY else "badly" for error in errors}
     verdict = verdicts.pop() if len(verdicts) == 1 else "unevenly"
     if len(names) == 1:
-        return f"Layer {names[0]} decouples {verdict}: E[M] ⊗ E[xxᵀ] misses {share_with_error(errors[0], 0.0)} of its Hessian."
+        missed = share_with_error(float(errors[0]), 0.0)
+        return f"Layer {names[0]} decouples {verdict}: E[M] ⊗ E[xxᵀ] misses {missed} of its Hessian."
     return f"The layers decouple {verdict}: E[M] ⊗ E[xxᵀ] misses {spoken_range(errors, names)} of their Hessians."
 
 

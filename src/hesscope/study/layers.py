@@ -196,8 +196,8 @@ def describe_layers(study: LayersStudy) -> list[tuple[str, str]]:
         (
             "time",
             f"about {human_seconds(seconds * planned)} for eigenpairs ({planned:,} products of at most "
-            f"{1000 * seconds:.3g} ms; layers.eigenpairs makes them fewer), and factors"
-            f"{' and errors' if settings.errors else ''}",
+            f"{1000 * seconds:.3g} ms; layers.eigenpairs makes them fewer); not counted: factors"
+            f"{', errors' if settings.errors else ''}, and figures (some ten seconds)",
         ),
         ("disk", f"at most {human_bytes(entries * item)} for eigenvectors"),
         ("results", str(study.folder)),
