@@ -47,6 +47,7 @@ def test_both_errors_equal_the_dense_computation(case, loss, sharing):
         error, best = dense_errors(layer_hessian(objective, name), layer, factors)
         assert factors.relative_error == pytest.approx(error, abs=1e-9)
         assert factors.best_relative_error == pytest.approx(best, abs=1e-9)
+        assert found.norm == pytest.approx(float(layer_hessian(objective, name).dense().norm()), rel=1e-9)
         error, best = dense_errors(layer_gauss_newton(objective, name), layer, factors)
         assert found.gauss_newton_error == pytest.approx(error, abs=1e-9)
         assert found.gauss_newton_best == pytest.approx(best, abs=1e-9)
@@ -199,6 +200,16 @@ def test_errors_do_not_depend_on_the_scale(make, dtype):
         assert other.relative_error == pytest.approx(found[0].relative_error, rel=rel)
         assert other.best_relative_error == pytest.approx(found[0].best_relative_error, rel=rel)
     assert found[0].relative_error > found[0].best_relative_error > 0
+
+
+def test_a_distance_does_not_depend_on_how_a_product_is_split():
+    """A factor of 1e6 from one side to the other: what is no distance stays none."""
+    x, M = randn(30, 3, seed=2), randn(4, 4, seed=3)
+    M = (M + M.T).expand(30, 4, 4)
+    H = SampleSum(M, x, 30.0, False)
+    product = float(H.norm_squared())
+    for factor in (1.0, 1e6, 1e-6):
+        assert H.distance_squared(M[0] * factor, x.T @ x / 30 / factor) < 1e-28 * product
 
 
 def test_a_single_sample_is_a_product():
