@@ -47,7 +47,7 @@ def shared(found, layer):
 
 
 def test_top_eigenvectors_of_the_first_layer_are_rank_one(plain):
-    """Each of the five leading ones; towards the ninth the share falls to 0.4 to 0.9."""
+    """Each of the five leading ones; of the next four the least has a share between 0.5 and 0.8."""
     shares = np.array([low_rank.shares[:9, 0] for _, _, low_rank in plain["fc1"]])
     assert shares[:, :5].min() > 0.9
     assert shares[:, 5:].min() < 0.9

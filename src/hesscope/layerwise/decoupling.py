@@ -244,7 +244,7 @@ def _sample_sum(objective: Objective, layer: Layer, seen: Seen, true: bool, prog
 
 
 def _rows(objective: Objective, layer: Layer, progress: Progress | None) -> Iterator[Tensor]:
-    """G [rows, outputs, inputs] of one piece and column after the other."""
+    """Matrices g [rows, outputs, inputs] of one piece and column after the other."""
     for piece in pieces(objective, [layer]):
         x = _with_bias(piece.inputs(layer), layer)
         for pulled in piece.pulled_columns():

@@ -59,7 +59,7 @@ class KroneckerFactors:
         output: E[M], [outputs, outputs]: mean over loss terms, and sum over positions (of the sum over them: "reduce").
         input: E[x x^T], [inputs, inputs]: mean over samples and positions (of the mean over them: "reduce").
         input_mean: E[x], [inputs].
-        output_stderr: standard error of `output`, in units of its Frobenius norm; 0 if exact.
+        output_stderr: standard error of `output`, in units of its Frobenius norm; 0 if exact, nan from one probe.
         samples: number of samples; columns: of the loss's root, of all samples together.
         classes: number of outputs that are classes, None if they are none.
         decoupling: how near the product is to the layer's Hessian; None if it was not asked for.
@@ -261,8 +261,9 @@ def all_kronecker_factors(
 
 
 def layer_hessian(objective: Objective, layer: str, **arguments: Any) -> Operator:
-    """The true Hessian of one layer's parameters (weight row by row, then bias), [P, P]; other layers are constants.
+    """The true Hessian of one layer's parameters, [P, P]; those of other layers are constants.
 
+    The order is that of the parameters: the weight row by row, then the bias (see Layer.matricized).
     Its products do not pay for derivatives that only other layers need. `arguments` are those of hesscope.Hessian.
 
     Raises:
@@ -293,7 +294,7 @@ class _Sums:
         self.count, self.positions = 0, 0
 
     def add_inputs(self, x: Tensor, uses: int) -> None:
-        """X [n, T, features] of so many calls."""
+        """Add inputs x [n, T, features] of so many calls."""
         self.positions = max(self.positions, x.shape[1])
         if uses > 1 and self.sharing is None:  # in a later batch than the one that was looked at
             raise InputError(f"layer {self.layer.name!r} {unusable(uses, self.positions, None)}")
@@ -303,7 +304,7 @@ class _Sums:
         self.count += x.shape[0] * x.shape[1]
 
     def add_outputs(self, w: Tensor, probe: int | None) -> None:
-        """W [n, T, outputs] of one column, or of one random combination of all columns."""
+        """Add w [n, T, outputs] of one column, or of one random combination of all columns."""
         w = w.sum(1, keepdim=True) if self.sharing == "reduce" else w
         if probe is None:
             self.whole = _add_squares(self.whole, w)

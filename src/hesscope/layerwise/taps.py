@@ -62,7 +62,7 @@ class Piece:
     calls: dict[str, list[Call]]
 
     def inputs(self, layer: Layer) -> Tensor:
-        """X [n, T, inputs] of all positions and calls, without the 1 of a bias; perhaps a view of [n, inputs, T]."""
+        """Inputs x [n, T, inputs] of all positions and calls, without the 1 of a bias; maybe a view of [n, ., T]."""
         module = self.objective.model.get_submodule(layer.name)
         dtype = self.objective.parameters.dtype
         parts = [self._by_sample(layer, _unfolded(layer, module, call.given, dtype)) for call in self.calls[layer.name]]
@@ -81,7 +81,7 @@ class Piece:
         return self._root.live.numel() // self.samples
 
     def pulled_columns(self, also_zero: bool = False) -> Iterator[dict[str, Tensor]]:
-        """W [n, T, outputs] of every layer, for one column of the root of each sample after the other.
+        """Gradients w [n, T, outputs] of every layer, for one column of the root of each sample after the other.
 
         also_zero: whether columns that are zero for all samples are among them.
         """
