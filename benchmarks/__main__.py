@@ -19,6 +19,7 @@ import torch
 
 import hesscope as hs
 from benchmarks.curvature import curvature
+from benchmarks.dynamics import dynamics
 from benchmarks.layerwise import layerwise
 from benchmarks.structure import structure
 from benchmarks.timing import REPEATS, Row, alternating, environment, print_table, row
@@ -29,7 +30,9 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--only", choices=["curvature", "structure", "layerwise", "rest"], help="one of the parts")
+    parser.add_argument(
+        "--only", choices=["curvature", "structure", "layerwise", "dynamics", "rest"], help="one of the parts"
+    )
     asked = parser.parse_args()
     if asked.only in (None, "curvature"):
         store("curvature", curvature(asked.device), asked.device)
@@ -37,6 +40,8 @@ def main() -> None:
         store("structure", structure(), "cpu")
     if asked.only in (None, "layerwise") and asked.device == "cpu":
         store("layerwise", layerwise(), "cpu")
+    if asked.only in (None, "dynamics") and asked.device == "cpu":
+        store("dynamics", dynamics(), "cpu")
     if asked.only in (None, "rest") and asked.device == "cpu":
         rows = [*start_up(), *products(), *closed_forms(), *output_layers(), *theory(), *commands()]
         print_table(rows)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hesscope.estimate.semi_empirical import SemiEmpiricalLaw, semi_empirical_law
     from hesscope.estimate.spectral_density import spectral_density
     from hesscope.estimate.spectrum_distance import jensen_shannon_distance
+    from hesscope.estimate.split import split_energies
     from hesscope.estimate.symlog import from_symlog, to_symlog
     from hesscope.estimate.trace import trace
     from hesscope.objective import Objective
@@ -52,6 +53,7 @@ _HOME: dict[str, str | None] = {
     "OutputLayerEnergies": "hesscope.operators.closed_form",
     "output_layer_energies": "hesscope.operators.closed_form",
     "SplitEnergies": "hesscope.estimate.energies",
+    "split_energies": "hesscope.estimate.split",
     "ExponentFit": "hesscope.estimate.exponent",
     "fit_exponent": "hesscope.estimate.exponent",
     "LayerWeights": "hesscope.operators.closed_form",
@@ -78,6 +80,7 @@ _HOME: dict[str, str | None] = {
     "to_symlog": "hesscope.estimate.symlog",
     "from_symlog": "hesscope.estimate.symlog",
     "data": None,
+    "dynamics": None,
     "layerwise": None,
     "models": None,
     "theory": None,
@@ -123,6 +126,7 @@ __all__ = [
     "output_layer_energies",
     "semi_empirical_law",
     "spectral_density",
+    "split_energies",
     "to_symlog",
     "top_eigenpairs",
     "trace",

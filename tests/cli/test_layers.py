@@ -2,8 +2,8 @@
 
 import pytest
 
+from hesscope.core.result_files import open_result
 from hesscope.layerwise import SharedEigenspaces
-from hesscope.study.store import open_result
 from tests.cli.test_commands import hesscope
 from tests.cli.test_spectrum import COMMON, write_study
 

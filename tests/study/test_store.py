@@ -4,8 +4,9 @@ import xarray as xr
 
 from hesscope.core.errors import InputError
 from hesscope.core.files import atomic_path
+from hesscope.core.result_files import open_result
 from hesscope.study.steps import Step, run_steps
-from hesscope.study.store import Store, open_result
+from hesscope.study.store import Store
 
 
 def numbers(value: float) -> xr.Dataset:

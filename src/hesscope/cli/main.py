@@ -189,6 +189,72 @@ def layers(study: Study = None, example: Example = False) -> None:
 
 
 @app.command()
+def track(study: Study = None, example: Example = False) -> None:
+    """Measure the Hessian along the stored checkpoints of a training run, as a STUDY.toml describes it."""
+    path = _study_path("track", study, example)
+    from hesscope.study.config import read_config
+    from hesscope.study.track import describe_track, prepare_track, run_track, track_force, track_results
+
+    prepared = prepare_track(read_config(path), path.parent)
+    _carry_out(prepared, describe_track, run_track)
+    from hesscope.report.dynamics_page import dynamics_headline, dynamics_table, force_table, write_dynamics_page
+
+    trajectory = track_results(prepared)
+    force = track_force(prepared, trajectory)
+    tables = [dynamics_table(trajectory), *([] if force is None else [force_table(force)])]
+    _print_findings(dynamics_headline(trajectory, force), *tables)
+    page = write_dynamics_page(prepared.folder, trajectory, force, _command())
+    print(f"page: {page.resolve()}")
+
+
+@app.command()
+def dynamics(
+    preset: Annotated[
+        str | None, typer.Argument(metavar="PRESET", help="Its name; without one, all are listed.")
+    ] = None,
+    loss: Annotated[str | None, typer.Option(help="cross_entropy or mse.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adam or sgd.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes C.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Blocks of the gpt: head, row or token.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates of the parameters.")] = None,
+    snapshots: Annotated[int | None, typer.Option(help="Steps that are measured, log-spaced, at most.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples N; for the gpt, windows of text to measure on.")] = None,
+    seed: Annotated[int, typer.Option(help="Root of all random streams.")] = 0,
+    budget: Annotated[
+        float | None, typer.Option(help="Share of the training's time that measuring may take, such as 0.1.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page and the results; out/dynamics/RUN unless told.")
+    ] = None,
+) -> None:
+    """Train the network of a preset and measure its Hessian along the way: what is static in it, what dynamic."""
+    from hesscope.study.dynamics import (
+        choose_dynamics,
+        describe_dynamics,
+        dynamics_results,
+        preset_table,
+        run_dynamics,
+        static_table,
+    )
+
+    if preset is None:
+        _print_table(preset_table(), left=True)
+        return
+    os.environ["HF_HUB_OFFLINE"] = "1"  # as in `head`
+    chosen = {"loss": loss, "optimizer": optimizer, "classes": classes, "partition": partition}
+    chosen |= {"steps": steps, "snapshots": snapshots, "samples": samples}
+    run = choose_dynamics(preset, chosen, seed, budget, out)
+    _carry_out(run, describe_dynamics, run_dynamics)
+    from hesscope.report.dynamics_page import dynamics_headline, dynamics_table, force_table, write_dynamics_page
+
+    trajectory, force = dynamics_results(run)
+    tables = [dynamics_table(trajectory), *([] if force is None else [force_table(force)]), static_table(run)]
+    _print_findings(dynamics_headline(trajectory, force), *filter(None, tables))
+    page = write_dynamics_page(run.folder, trajectory, force, _command(), run.title)
+    print(f"page: {page.resolve()}")
+
+
+@app.command()
 def compare(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN_A RUN_B ...", help="Folders of `hesscope layers`, or their STUDY.toml.")
@@ -377,11 +443,12 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Num
         raise InputError(f"{option} must be {accepted} separated by commas, got {text!r}") from None
 
 
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    """Columns of text, the first row being their names."""
+def _print_table(rows: list[tuple[str, ...]], left: bool = False) -> None:
+    """Columns of text, the first row being their names; flush right, or left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        cells = (cell.ljust(width) if left else cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
 
 
 def _require_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from hesscope.estimate.energies import BlockEnergies
 from hesscope.estimate.products import CountedProducts
 from hesscope.estimate.stopping import require_rtol
 from hesscope.operators import Operator, as_operator
-from hesscope.operators.operator import MatrixStrip
+from hesscope.operators.operator import STRIP_MEMORY, MatrixStrip
 from hesscope.partition.partition import Partition
 
 METHODS = ("auto", "exact", "closed_form", "probes")
@@ -98,17 +98,13 @@ def block_energies(
     operator = as_operator(matrix)
     partition.require_fits(operator.shape[0])
     require_choice("method", method, (*METHODS, DUAL))
-    _check_tolerance(len(partition), probes, rtol, max_products)
+    require_tolerance(len(partition), probes, rtol, max_products)
     if method == DUAL:
         return dual_energies(operator, partition, probes, seed, progress)
-    settled = choose_method(operator.shape[0], len(partition), method, probes, _closed_form_fits(operator))
-    if settled.name == "closed_form" and not operator.has_closed_form:
-        raise InputError(
-            f"method 'closed_form' needs a fully connected network with a plain loss, got {operator.engine}"
-        )
+    settled = settle_method(operator, len(partition), method, probes)
     provenance = energies_provenance(operator, settled, seed)
     if settled.name == "closed_form":
-        total = _energies_of_strips(operator, partition, progress)
+        (total,) = energies_of_strips((operator,), partition, progress)
         return BlockEnergies.exact(partition.labels, partition.sizes, total, provenance)
     if settled.name == "exact":
         total = np.zeros((len(partition), len(partition)))
@@ -159,7 +155,18 @@ def choose_method(parameters: int, blocks: int, method: str, probes: int | None,
     return Method(method, 0, parameters if method == "exact" else 0)
 
 
-def _check_tolerance(blocks: int, probes: int | None, rtol: float, max_products: int | None) -> None:
+def settle_method(operator: Operator, blocks: int, method: str, probes: int | None) -> Method:
+    """As `choose_method`, for an operator; raises InputError also if a closed form is asked for and there is none."""
+    settled = choose_method(operator.shape[0], blocks, method, probes, _closed_form_fits(operator))
+    if settled.name == "closed_form" and not operator.has_closed_form:
+        raise InputError(
+            f"method 'closed_form' needs a fully connected network with a plain loss, got {operator.engine}"
+        )
+    return settled
+
+
+def require_tolerance(blocks: int, probes: int | None, rtol: float, max_products: int | None) -> None:
+    """Raise InputError unless the tolerance and the budget fit each other and the number of blocks."""
     require_rtol(rtol)
     if max_products is None:
         return
@@ -192,18 +199,26 @@ def _closed_form_fits(operator: Operator) -> bool:
         return False
 
 
-def _energies_of_strips(operator: Operator, partition: Partition, progress: Progress | None) -> Array:
-    """All energies [B, B] from the strips of a closed form; the matrix is never held whole."""
-    total = np.zeros((len(partition), len(partition)))
-    done, assignment = 0, _assignment(partition, operator.device)
-    for strip in operator.strips():
-        total += _energies_of_strip(strip, assignment, len(partition))
-        done += len(strip.rows)
+def energies_of_strips(
+    operators: tuple[Operator] | tuple[Operator, Operator], partition: Partition, progress: Progress | None
+) -> list[Array]:
+    """All energies [B, B] of an operator, or of two and their sum, from strips of closed forms, within STRIP_MEMORY."""
+    (first, *_), blocks = operators, len(partition)
+    totals = [np.zeros((blocks, blocks)) for _ in range(2 * len(operators) - 1)]
+    done, assignment = 0, _assignment(partition, first.device)
+    share = () if len(operators) == 1 else (STRIP_MEMORY // 2,)
+    for strips in zip(*(operator.strips(*share) for operator in operators), strict=True):
+        for strip, total in zip(strips, totals, strict=False):
+            total += _energies_of_strip(strip, assignment, blocks)
+        if len(strips) == 2:
+            strips[0].values.add_(strips[1].values)
+            totals[2] += _energies_of_strip(strips[0], assignment, blocks)
+        done += len(strips[0].rows)
         if progress is not None:
-            progress(done, operator.shape[0])
-    if not np.isfinite(total).all():
+            progress(done, first.shape[0])
+    if not all(np.isfinite(total).all() for total in totals):
         raise DataError("the block energies are not finite: the matrix's entries are too large to be squared")
-    return total
+    return totals
 
 
 def _energies_of_strip(strip: MatrixStrip, assignment: Tensor, blocks: int) -> Array:
@@ -218,7 +233,7 @@ def _energies_of_strip(strip: MatrixStrip, assignment: Tensor, blocks: int) -> A
             sums = torch.zeros(len(present), stripe.shape[1], dtype=torch.float64, device=columns.device)
             step = max(1, SQUARED_AT_ONCE // stripe.shape[1])
             for tile, its_rows in zip(torch.split(stripe, step), torch.split(rows, step), strict=True):
-                sums.index_add_(0, its_rows, tile.double().square_())
+                sums.index_add_(0, its_rows, tile.double().square())
             energies.index_add_(1, its_columns, sums)
     result: Array = np.zeros((blocks, blocks))
     index = present.cpu().numpy()

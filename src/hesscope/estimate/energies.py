@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float64]
 
+# Attributes that differ between the parts H, G and R.
+APART = ("engine", "products", "converged", "message")
+
 
 @dataclass(frozen=True, eq=False)
 class Interval:
@@ -260,7 +263,8 @@ class BlockEnergies:
 class SplitEnergies:
     """Block energies of the Hessian H and of its parts G (Gauss-Newton) and R = H - G, side by side.
 
-    The parts' energies do not add up to those of H: H_ij = G_ij + R_ij has a cross term. A loss callable has H alone.
+    The parts' energies do not add up to those of H: H_ij = G_ij + R_ij has a cross term. A loss callable has H alone;
+    where only G can be afforded, there is G alone.
     """
 
     parts: Mapping[str, BlockEnergies]
@@ -277,16 +281,24 @@ class SplitEnergies:
         sets = [energies.to_xarray().drop_vars("block_size") for energies in self.parts.values()]
         part = xr.DataArray(np.asarray(list(self.parts), dtype=object), dims="part", name="part")
         joined = xr.concat(sets, dim=part, join="outer")  # samples of unequal numbers are filled up with nan
-        joined["block_size"] = ("row_block", np.asarray(self.hessian.sizes))
-        return joined.assign_attrs(self.hessian.to_xarray().attrs, record="SplitEnergies")
+        first = next(iter(self.parts.values()))
+        joined["block_size"] = ("row_block", np.asarray(first.sizes))
+        # What happened is told part by part; all else that attributes say is common to the parts.
+        for name in APART:
+            joined[f"part_{name}"] = ("part", [single.attrs[name] for single in sets])
+        return joined.assign_attrs(first.to_xarray().attrs, record="SplitEnergies")
 
     @classmethod
     def from_xarray(cls, dataset: xr.Dataset) -> SplitEnergies:
         """Inverse of `to_xarray`; other variables of the data set are ignored."""
         require_xarray_kind(dataset, "SplitEnergies")
         names = [str(name) for name in dataset["part"].to_numpy()]
-        single = dataset.assign_attrs(record="BlockEnergies")
-        return cls({name: BlockEnergies.from_xarray(single.sel(part=name)) for name in names})
+        parts = {}
+        for name in names:
+            single = dataset.sel(part=name)
+            own = {key: single[f"part_{key}"].item() for key in APART if f"part_{key}" in single}
+            parts[name] = BlockEnergies.from_xarray(single.assign_attrs(own, record="BlockEnergies"))
+        return cls(parts)
 
 
 def _columns_of(dataset: xr.Dataset) -> ColumnSamples | None:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hesscope.core.rng import normal, stream
+from hesscope.core.rng import normal, rademacher, stream
 from hesscope.estimate.lanczos import NOTHING, SHORTENED, finite_products, norms, power_of_two
 from hesscope.operators import Operator
 
@@ -35,6 +35,10 @@ ROWS_PER_CHUNK, MIXED_AT_ONCE = 32, 2**22
 
 # Passes of Gram-Schmidt: two suffice unless the direction was nothing but rounding to begin with.
 MOST_PASSES = 4
+
+# Length of what is random in a direction that leans towards given ones, whose part has length 1: not so little that a
+# direction which leans the wrong way takes many more products, not so much that a right one is drowned.
+RANDOM_PART = 0.1
 
 # Vectors, for each that is multiplied, that a three-term recurrence relates its product to, itself included.
 NEAR = 2
@@ -134,16 +138,21 @@ class KrylovSpace:
         self.norm = max(self.norm, float(norms(images).max()))
         return images
 
-    def draw(self, count: int) -> int:
+    def draw(self, count: int, towards: Tensor | None = None) -> int:
         """Put up to `count` random directions in front of the frontier; fewer if the space is full. Returns how many.
 
-        They are isotropic in the complement of basis and frontier, whatever these have become.
+        They are isotropic in the complement of basis and frontier, whatever these have become; or lean towards random
+        combinations of unit rows [j, P], with RANDOM_PART of their length isotropic.
         """
         count = min(count, self.size - self.length - len(self.frontier))
         for _ in range(count):
-            row = normal((1, self.size), stream(self.seed, "top_eigenpairs", self.drawn))
+            generator = stream(self.seed, "top_eigenpairs", self.drawn)
+            row = normal((1, self.size), generator)
             self.drawn += 1
             row = row.to(self.basis.device, self.basis.dtype)
+            if towards is not None:
+                mixed = mixing_weights(len(towards), generator).to(towards)[None] @ towards
+                row = RANDOM_PART * unit_rows(row) + unit_rows(mixed).sum(0, keepdim=True)  # no rows: they cancel
             rows, _, _ = self._orthonormalized(row, self.frontier, floor=0.0)
             self.frontier = torch.cat([rows, self.frontier])
             self.C = np.concatenate([np.zeros((self.length, len(rows))), self.C], axis=1)
@@ -224,6 +233,23 @@ class KrylovSpace:
             if not kept.any() or kept_lengths[kept].min() >= SHORTENED * whole:
                 break
         return rows, overlaps, lengths
+
+
+def mixing_weights(count: int, generator: np.random.Generator) -> Tensor:
+    """Random weights [count] of mean 0 and mean square 1 for a combination of vectors, float64.
+
+    Neither does a small one hide a vector, nor do equal ones cancel, as they may with signs.
+    """
+    return rademacher(count, generator) * torch.from_numpy(generator.uniform(0.5, 1.5, count)).sqrt()
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows [K, P], divided by their lengths; without those that are zero."""
+    largest = rows.abs().amax(1, keepdim=True)
+    rows = rows / largest  # so that no square vanishes or bursts
+    rows = rows[(largest > 0)[:, 0]]
+    units: Tensor = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return units
 
 
 def _normalized(column: Tensor) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ def train_small_gpt(
         tokens = torch.tensor(tokenizer(text)["input_ids"])
     if len(tokens) <= context:
         raise InputError(f"the text has {len(tokens)} tokens, it needs more than context = {context}: text_bytes")
-    model = _new_model(layers, width, heads, context, vocabulary, seed)
+    model = new_gpt(layers, width, heads, context, vocabulary, seed)
     losses = []
     for loss in _training(model, tokens, steps, batch_size, context, seed):
         losses.append(loss)
@@ -191,7 +191,7 @@ def _byte_pairs(text: str, vocabulary: int, context: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=context)
 
 
-def _new_model(layers: int, width: int, heads: int, context: int, vocabulary: int, seed: int) -> Any:
+def new_gpt(layers: int, width: int, heads: int, context: int, vocabulary: int, seed: int) -> Any:
     """GPT-2 without dropout, initialized as in its paper from streams of its own."""
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -22,12 +22,13 @@ from hesscope.objective.objective import Objective, require_output_loss
 from hesscope.objective.pieces import cut
 from hesscope.operators.choice import Choice, settle
 from hesscope.operators.closed_form import mlp
+from hesscope.operators.closed_form.backward import Part
 from hesscope.operators.closed_form.network import Network, recognize
 from hesscope.operators.closed_form.strips import cut_matrix
 from hesscope.operators.engines import ENGINES, Curve, LinearMap, Multiply, Sandwich, build
 from hesscope.operators.kept import Kept
 from hesscope.operators.logit_tiles import TILED_BYTES, LastLayer, find_last_layer, samples_independent, tiled
-from hesscope.operators.operator import STRIP_MEMORY, MatrixStrip, Operator, Restricted, as_positions
+from hesscope.operators.operator import STRIP_MEMORY, Combination, MatrixStrip, Operator, Restricted, as_positions
 from hesscope.operators.second_derivatives import explained, pull_back, require_symmetric, vectorizes
 
 # Memory that one vectorized pass should take; beyond it columns are done in several passes. On a CPU the passes that
@@ -110,6 +111,10 @@ class _Curvature(Operator):
         """How `dense` is computed."""
         return f"{self.kind}: closed form" if self.has_closed_form else self.engine
 
+    @property
+    def _part(self) -> Part:
+        return "gauss_newton" if isinstance(self, GaussNewton) else "hessian"
+
     def dense(self) -> Tensor:
         """The whole matrix [P, P], exactly symmetric; in closed form for fully connected networks, else by products.
 
@@ -119,21 +124,14 @@ class _Curvature(Operator):
         if self._network is None:
             return super().dense()
         self.require_memory_for_dense(extra_columns=self.shape[1])
-        return mlp.dense(self.objective, self._network, isinstance(self, GaussNewton))
+        return mlp.dense(self.objective, self._network, self._part)
 
     def strips(self, memory: int = STRIP_MEMORY) -> Iterator[MatrixStrip]:
         """The matrix strip by strip, by formula; see Operator.strips."""
         if self._network is None:
             yield from super().strips(memory)
             return
-        positions = self._network.positions().to(self.device)
-        for strip, values in mlp.strips(self.objective, self._network, isinstance(self, GaussNewton), memory):
-            yield MatrixStrip(
-                rows=positions[strip.rows(self._network)],
-                columns=positions[strip.column(self._network) :],
-                own=strip.own_columns(self._network),
-                values=values,
-            )
+        yield from _strips(self.objective, self._network, self._part, memory)
 
     def strip_bytes(self, memory: int = STRIP_MEMORY) -> int:
         """Bytes that `strips(memory)` takes; see Operator.strip_bytes."""
@@ -368,6 +366,17 @@ def _require_bytes(memory: Any) -> None:
     raise InputError(f"memory must be a number of bytes, at least 0, got {memory!r}")
 
 
+def _strips(objective: Objective, network: Network, part: Part, memory: int) -> Iterator[MatrixStrip]:
+    positions = network.positions().to(objective.parameters.device)
+    for strip, values in mlp.strips(objective, network, part, memory):
+        yield MatrixStrip(
+            rows=positions[strip.rows(network)],
+            columns=positions[strip.column(network) :],
+            own=strip.own_columns(network),
+            values=values,
+        )
+
+
 class Hessian(_Curvature):
     """Hessian of an Objective: [P, P].
 
@@ -388,6 +397,12 @@ class Hessian(_Curvature):
 
     name = "the Hessian"
     kind = "hessian"
+
+    def __sub__(self, other: Operator) -> Combination:
+        both = super().__sub__(other)
+        if isinstance(other, GaussNewton) and other.objective is self.objective:
+            return ResidualPart(both.terms)
+        return both
 
     def _on(self, batch: object, index: int) -> Curve:
         # Divided here, a number, and not in the product, a vector.
@@ -498,6 +513,43 @@ class GaussNewton(_OutputCurvature):
     def _middle(self, outputs: Tensor, targets: Tensor) -> Multiply:
         leaf, gradient = output_gradient(self._loss, outputs, targets)
         return lambda pushed, vectorized: pull_back(gradient, leaf, pushed, vectorized)
+
+
+class ResidualPart(Combination):
+    """R = H - G of one objective, what `Hessian(objective) - GaussNewton(objective)` gives: [P, P].
+
+    Products are differences of those of the two; in closed form it has its own formula, in which nothing cancels.
+    """
+
+    @property
+    def dense_engine(self) -> str:
+        """How `dense` is computed."""
+        return "residual part: closed form" if self.has_closed_form else self.engine
+
+    def dense(self) -> Tensor:
+        """The whole matrix [P, P], exactly symmetric; see Hessian.dense."""
+        hessian, network = self._source
+        if network is None:
+            return super().dense()
+        self.require_memory_for_dense(extra_columns=self.shape[1])
+        return mlp.dense(hessian.objective, network, "residual")
+
+    def strips(self, memory: int = STRIP_MEMORY) -> Iterator[MatrixStrip]:
+        """The matrix strip by strip, by formula; see Operator.strips."""
+        hessian, network = self._source
+        if network is None:
+            return super().strips(memory)
+        return _strips(hessian.objective, network, "residual", memory)
+
+    def strip_bytes(self, memory: int = STRIP_MEMORY) -> int:
+        """As of the Hessian."""
+        return self._source[0].strip_bytes(memory)
+
+    @property
+    def _source(self) -> tuple[Hessian, Network | None]:
+        hessian = self.terms[0][1]
+        assert isinstance(hessian, Hessian)
+        return hessian, hessian._network
 
 
 class EmpiricalFisher(_OutputCurvature):

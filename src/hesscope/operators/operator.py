@@ -104,7 +104,7 @@ class Operator(ABC):
     def __add__(self, other: Operator) -> Operator:
         return _combined([(1.0, self), (1.0, other)])
 
-    def __sub__(self, other: Operator) -> Operator:
+    def __sub__(self, other: Operator) -> Combination:
         return _combined([(1.0, self), (-1.0, other)])
 
     def __mul__(self, factor: float) -> Operator:

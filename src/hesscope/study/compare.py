@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from hesscope._version import __version__
 from hesscope.core.checks import nearest, require_positive_int
 from hesscope.core.errors import InputError
+from hesscope.core.result_files import open_result
 from hesscope.layerwise.eigenstructure import Eigenstructure
 from hesscope.layerwise.shared_eigenspaces import shared_eigenspaces
 from hesscope.objective.batches import fingerprint
@@ -23,7 +24,7 @@ from hesscope.study.config import read_config
 from hesscope.study.layers import EIGENPAIRS, step_name
 from hesscope.study.layers import RESULT as LAYERS_RESULT
 from hesscope.study.steps import Progress, Reporter, Step, run_steps
-from hesscope.study.store import Store, open_result
+from hesscope.study.store import Store
 
 if TYPE_CHECKING:
     import xarray as xr

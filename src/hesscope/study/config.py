@@ -16,6 +16,7 @@ EXAMPLE = """\
 #                            or:  hesscope spectrum STUDY.toml  (its eigenvalues, trace and norm, block by block)
 #                            or:  hesscope advise STUDY.toml    (which partition it is block-diagonal in)
 #                            or:  hesscope layers STUDY.toml    (how near each layer's is to a Kronecker product)
+#                            or:  hesscope track STUDY.toml     (how it changes along checkpoints of its training)
 # Relative paths are relative to this file; so are the modules named below.
 
 # The network: a function that returns a torch.nn.Module, and what to call it with.
@@ -98,6 +99,27 @@ full = 10
 errors = true
 # Random combinations of each sample's classes in place of all; all up to 1024 of them, else 64, unless told.
 # probes = 64
+
+# For track, which needs its first line. `checkpoint` above is not read.
+[track]
+# Folder of checkpoints, whose names end with their steps: step-100.pt, model.000200.safetensors, or sub-folders with
+# one such file, such as checkpoint-500/model.safetensors.
+# checkpoints = "checkpoints"
+# Of "energies" (by `partition`, `method` and `probes` above), "eigenvalues", "trace", "density", "heterogeneity" and
+# "heatmap".
+measures = ["energies", "eigenvalues"]
+# Largest eigenvalues.
+eigenpairs = 5
+# Of plain gradient descent, for the line 2 / learning_rate; unless told that of the optimizer's state, if it is stored.
+# learning_rate = 0.1
+# Whether steps may be missing where the others are evenly spaced.
+gaps = false
+# Checkpoints measured at the same time, each in a process of its own with its own copy of model and data.
+processes = 1
+# Diagonality (the energy's share in diagonal blocks) from which on the Hessian counts as block-diagonal.
+threshold = 0.9
+# The smallest value that the loss can have.
+optimum = 0.0
 """
 
 
@@ -143,6 +165,21 @@ class LayersConfig(BaseModel):
     probes: int | None = Field(default=None, ge=2)
 
 
+class TrackConfig(BaseModel):
+    """The keys of STUDY.toml's section [track] (see EXAMPLE)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    checkpoints: str | None = Field(default=None, min_length=1)
+    measures: list[str] = Field(default=["energies", "eigenvalues"], min_length=1)
+    eigenpairs: int = Field(default=5, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    gaps: bool = False
+    processes: int = Field(default=1, ge=1)
+    threshold: float = Field(default=0.9, gt=0, le=1)
+    optimum: float = Field(default=0.0, allow_inf_nan=False)
+
+
 class StudyConfig(BaseModel):
     """The keys of STUDY.toml (see EXAMPLE); relative paths are relative to the file."""
 
@@ -162,6 +199,7 @@ class StudyConfig(BaseModel):
     spectrum: SpectrumConfig = Field(default_factory=SpectrumConfig)
     advise: AdviseConfig = Field(default_factory=AdviseConfig)
     layers: LayersConfig = Field(default_factory=LayersConfig)
+    track: TrackConfig = Field(default_factory=TrackConfig)
 
 
 def read_config(path: Path) -> StudyConfig:
@@ -192,6 +230,7 @@ def _in_words(problem: Any) -> str:
             "spectrum": SpectrumConfig,
             "advise": AdviseConfig,
             "layers": LayersConfig,
+            "track": TrackConfig,
         }
         section = sections.get(str(problem["loc"][0]), StudyConfig)
         return f"unknown key {key!r}{nearest(str(problem['loc'][-1]), section.model_fields)}"

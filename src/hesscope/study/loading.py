@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ SCHEMES: dict[str, Callable[[nn.Module], Partition]] = {
 }
 # Under which key training scripts keep the parameters in a checkpoint with more in it.
 NESTED_KEYS = ("state_dict", "model_state_dict", "model")
+# Under which they keep the state of the optimizer.
+OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
 NAMES_SHOWN = 5
 
 # What begins a path to a language model's folder, and to a text.
@@ -150,15 +153,24 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         InputError: it cannot be read, or its names or shapes do not fit the model's (which ones).
     """
     tensors = _read_tensors(path)
+    require_fits(model, path, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    model.load_state_dict(tensors, strict=False)
+
+
+def require_fits(model: nn.Module, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise InputError unless a checkpoint with tensors of these shapes has all that the model has, and nothing else.
+
+    Tensors that the model shares between several names may be there under one of them.
+    """
     own = model.state_dict()
     storage = {name: tensor.data_ptr() for name, tensor in own.items()}
-    given = {storage[name] for name in tensors if name in storage}
-    missing = [name for name in own if name not in tensors and storage[name] not in given]
-    unknown = [name for name in tensors if name not in own]
+    given = {storage[name] for name in shapes if name in storage}
+    missing = [name for name in own if name not in shapes and storage[name] not in given]
+    unknown = [name for name in shapes if name not in own]
     misfits = [
-        f"{name} has shape {list(tensor.shape)} there and {list(own[name].shape)} in the model"
-        for name, tensor in tensors.items()
-        if name in own and tensor.shape != own[name].shape
+        f"{name} has shape {list(shape)} there and {list(own[name].shape)} in the model"
+        for name, shape in shapes.items()
+        if name in own and shape != tuple(own[name].shape)
     ]
     problems = [
         *([f"missing {_shown(missing)}"] if missing else []),
@@ -166,9 +178,34 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         *([_shown(misfits)] if misfits else []),
     ]
     if problems:
-        hint = "; its names begin with 'module.', strip that" if all(n.startswith("module.") for n in tensors) else ""
+        hint = "; its names begin with 'module.', strip that" if all(n.startswith("module.") for n in shapes) else ""
         raise InputError(f"checkpoint {path} does not fit the model: {'; '.join(problems)}{hint}")
-    model.load_state_dict(tensors, strict=False)
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's tensors, without reading what is in them.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if path.suffix == ".safetensors":
+        with _readable(path):
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return {name: tuple(tensor.shape) for name, tensor in _read_tensors(path).items()}
+
+
+def optimizer_groups(path: Path) -> list[dict[str, Any]]:
+    """Parameter groups of the optimizer whose state a `.pt` file holds, or is; empty if there is none."""
+    content = _read_content(path)
+    for key in OPTIMIZER_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    groups = content.get("param_groups") if isinstance(content, dict) else None
+    known = isinstance(groups, list) and all(isinstance(group, dict) and "lr" in group for group in groups)
+    return list(groups) if groups and known else []
 
 
 def load_data(
@@ -210,19 +247,7 @@ def load_partition(partition: str, model: nn.Module, key: str = "partition") -> 
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first = _one_line(error).split(". ")[0]
-        raise InputError(
-            f"checkpoint {path} cannot be read (it must hold tensors only, a state_dict): {first}"
-        ) from error
+    content = _read_content(path)
     for key in NESTED_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -230,6 +255,30 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         accepted = ", ".join(repr(key) for key in NESTED_KEYS)
         raise InputError(f"checkpoint {path} is not a dict of tensors (a state_dict), nor has it one under {accepted}")
     return dict(content)
+
+
+def _read_content(path: Path) -> Any:
+    """What a file holds; tensors of a `.pt` file stay on the disk until they are used, where the format allows it."""
+    with _readable(path):
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns whatever reading a file raises into one line."""
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist")
+    try:
+        yield
+    except Exception as error:
+        first = _one_line(error).split(". ")[0]
+        raise InputError(
+            f"checkpoint {path} cannot be read (it must hold tensors only, a state_dict): {first}"
+        ) from error
 
 
 def _shown(names: list[str]) -> str:

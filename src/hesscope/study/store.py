@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 import xarray as xr
 
-from hesscope._version import __version__
 from hesscope.core.errors import InputError
-from hesscope.core.files import TEMPORARY_SUFFIX, atomic_path
+from hesscope.core.files import TEMPORARY_SUFFIX
+from hesscope.core.result_files import open_result, save_result
 
 
 @dataclass(frozen=True)
@@ -57,35 +54,10 @@ class Store:
 
     def save(self, name: str, result: xr.Dataset) -> None:
         """Write a result atomically, compressed, with the versions of what made it."""
-        labelled = result.assign_attrs(
-            settings=self.settings,
-            step=name,
-            version=__version__,
-            versions=f"PyTorch {torch.__version__}, NumPy {np.__version__}, Python {platform.python_version()}",
-        )
-        encoding = {
-            variable: {"zlib": True, "complevel": 2}
-            for variable, data in result.data_vars.items()
-            if data.size > 10_000
-        }
-        with atomic_path(self.path(name)) as temporary:
-            labelled.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+        save_result(self.path(name), result.assign_attrs(settings=self.settings, step=name))
 
     def clear(self, prefix: str) -> None:
         """Delete the results of all steps whose names begin with `prefix`, and what killed runs left half-written."""
         litter = [*self.folder.glob(f"results-{prefix}*.nc"), *self.folder.glob(f".results-*{TEMPORARY_SUFFIX}")]
         for path in litter:
             path.unlink(missing_ok=True)
-
-
-def open_result(path: Path) -> xr.Dataset:
-    """Read a result file into memory.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    try:
-        with xr.open_dataset(path, engine="h5netcdf") as dataset:
-            return dataset.load()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error

@@ -2,7 +2,8 @@
 
 With z^p = W_p x^p, x^{p+1} = s(z^p), delta^p = dl/dz^p: the derivatives Z^{pq} = d^2 l / dz^p dz^q follow from the
 layer above by the chain rule, Z^{pq} = (dz^{p+1}/dz^p)^T Z^{p+1,q}, and s'' (W^T delta)^p adds to the diagonal of
-Z^{pp}; it starts from A, the loss's Hessian at the outputs (arXiv:2505.02809; MATH.md, section 2).
+Z^{pp}; it starts from A, the loss's Hessian at the outputs (arXiv:2505.02809; MATH.md, section 2). All of this is
+linear in A and s'': the Gauss-Newton part has A alone, the residual part s'' alone, and starts from zero.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from hesscope.objective.losses import OutputLoss, output_gradient
 from hesscope.objective.objective import Objective
 from hesscope.operators.closed_form.network import Activation, Network
 
+Part = Literal["hessian", "gauss_newton", "residual"]
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -29,7 +32,7 @@ class Tile:
     Attributes:
         inputs: x^q [S, d_q], with the constant 1 where there is a bias.
         weights: W_q [m_q, m_{q-1}].
-        slopes, bends: s'(z^q), s''(z^q) [S, m_q] of every layer but the last.
+        slopes, bends: s'(z^q), s''(z^q) [S, m_q] of every layer but the last; None for bends that are all zero.
         delta: dl/dz^q [S, m_q].
         scale: [S], and p: [S, C]: A = scale (diag(p) - p p^T), or scale I if p is None.
     """
@@ -37,7 +40,7 @@ class Tile:
     inputs: tuple[Tensor, ...]
     weights: tuple[Tensor, ...]
     slopes: tuple[Tensor, ...]
-    bends: tuple[Tensor, ...]
+    bends: tuple[Tensor | None, ...]
     delta: tuple[Tensor, ...]
     scale: Tensor
     p: Tensor | None
@@ -45,7 +48,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Level:
-    """A layer p: Z^{pq} [S, m_p, m_q] of the layers q >= p, and dz^q/dz^p [S, m_q, m_p] of those above it."""
+    """A layer p: Z^{pq} [S, m_p, m_q] of the layers q >= p where it is not zero, and dz^q/dz^p [S, m_q, m_p], q > p."""
 
     layer: int
     Z: Mapping[int, Tensor]
@@ -82,22 +85,28 @@ def _tiles(
             yield tile
 
 
-def levels(tile: Tile, lowest: int, bends: bool, chains: bool) -> Iterator[Level]:
-    """Layers from the last but one down to `lowest`, with or without the terms in s'' and the chains dz^q/dz^p."""
+def levels(tile: Tile, lowest: int, part: Part, chains: bool) -> Iterator[Level]:
+    """Layers from the last but one down to `lowest`, of one part of the Hessian, with or without the chains dz^q/dz^p.
+
+    Of the residual part, Z^{pq} is left out where no layer from q up to the last but one bends.
+    """
     last = len(tile.weights) - 1
     Z: dict[int, Tensor] = {}
     reach: dict[int, Tensor] = {}
     for layer in range(last - 1, lowest - 1, -1):
         forth = tile.weights[layer + 1] * tile.slopes[layer][:, None, :]  # dz^{p+1}/dz^p, [S, m_{p+1}, m_p]
         back = forth.transpose(1, 2)
-        if layer + 1 == last:
-            Z = {last: times_curvature(back, tile)}
-        else:
+        if layer + 1 < last:
             Z = {q: torch.bmm(back, matrix) for q, matrix in Z.items()}
-        Z[layer] = torch.bmm(Z[layer + 1], forth)
-        if bends:
-            bend = tile.bends[layer] * (tile.delta[layer + 1] @ tile.weights[layer + 1])
-            Z[layer].diagonal(dim1=1, dim2=2).add_(bend)
+        elif part != "residual":
+            Z = {last: times_curvature(back, tile)}
+        if layer + 1 in Z:
+            Z[layer] = torch.bmm(Z[layer + 1], forth)
+        bend = tile.bends[layer]
+        if part != "gauss_newton" and bend is not None:
+            if layer not in Z:
+                Z[layer] = torch.diag_embed(torch.zeros_like(bend))
+            Z[layer].diagonal(dim1=1, dim2=2).add_(bend * (tile.delta[layer + 1] @ tile.weights[layer + 1]))
         if chains:
             reach = {q: torch.bmm(chain, forth) for q, chain in reach.items()}
             reach[layer + 1] = forth
@@ -138,7 +147,7 @@ def _forward(objective: Objective, network: Network, tensors: dict[str, Tensor],
         if number < network.last:
             x, slope, bend = _activation_derivatives(network.activations[number], z)
             slopes.append(slope)
-            bends.append(bend)
+            bends.append(bend if bool(bend.any()) else None)
     scale, e = _loss_derivatives(objective.loss, z, y)
     delta = [e / objective.num_terms]
     for q in range(network.last, 0, -1):
@@ -182,11 +191,16 @@ def _loss_derivatives(loss: object, outputs: Tensor, y: Tensor) -> tuple[Tensor,
         soft = (1 - smoothing) * y.to(outputs) + smoothing / classes
         return (soft * weight).sum(dim=1), e.detach()
     kept = y != module.ignore_index
-    own = weight[torch.where(kept, y, 0)]
+    label = torch.where(kept, y, 0)
+    own = weight[label]
+    if smoothing == 0:
+        # The entries of e add up to zero: from the others, that of the label is exact also where p - 1 would cancel.
+        e = e.detach().scatter(1, label[:, None], 0)
+        e.scatter_(1, label[:, None], -e.sum(dim=1, keepdim=True))
     return ((1 - smoothing) * own + smoothing / classes * weight.sum()) * kept, e.detach()
 
 
 def _is_finite(tile: Tile) -> bool:
     """Whether everything that the products are made of is finite."""
-    tensors = (*tile.inputs, *tile.slopes, *tile.bends, *tile.delta, tile.scale, *(() if tile.p is None else (tile.p,)))
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    tensors = (*tile.inputs, *tile.slopes, *tile.bends, *tile.delta, tile.scale, tile.p)
+    return all(tensor is None or bool(tensor.isfinite().all()) for tensor in tensors)

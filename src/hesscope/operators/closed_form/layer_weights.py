@@ -154,7 +154,7 @@ def _curvature(tile: Tile, number: int, neurons: Tensor, gauss_newton: bool) -> 
     """d^2 l / dz dz [S, k, k] of the chosen neurons of a layer."""
     if number == len(tile.weights) - 1:
         return output_curvature(tile, neurons)
-    *_, level = levels(tile, number, bends=not gauss_newton, chains=False)
+    *_, level = levels(tile, number, "gauss_newton" if gauss_newton else "hessian", chains=False)
     Z = level.Z[number][:, neurons[:, None], neurons]
     return (Z + Z.transpose(1, 2)) / 2
 

@@ -116,9 +116,9 @@ def _strips(network: Network, numbers: int) -> Iterator[Strip]:
 
 
 def _tile(network: Network, item: int, memory: int) -> tuple[int, int]:
-    """Samples of a tile, and size of the buffer, which gets a quarter of `memory`."""
+    """Samples of a tile, and size of the buffer, which gets an eighth of `memory`."""
     numbers = max(min(memory, TILE_BYTES) // item, _least_numbers(network))
-    buffer = min(max(numbers // 4, _buffer_numbers(network)), numbers - _sample_numbers(network))
+    buffer = min(max(numbers // 8, _buffer_numbers(network)), numbers - _sample_numbers(network))
     samples = min((numbers - buffer) // _sample_numbers(network), buffer // _buffer_numbers(network))
     return samples, buffer
 
@@ -135,7 +135,12 @@ def _buffer_numbers(network: Network) -> int:
 
 def _sample_numbers(network: Network) -> int:
     """Numbers that one sample takes at most, beside the buffer."""
-    return _forward_numbers(network) + _backward_numbers(network)
+    return _forward_numbers(network) + _backward_numbers(network) + _picked_numbers(network)
+
+
+def _picked_numbers(network: Network) -> int:
+    """What is picked for a product where samples of weight zero are left out: inputs of two layers, Z and delta."""
+    return 3 * max(d for _, d in network.shapes) + 3 * max(m for m, _ in network.shapes)
 
 
 def _forward_numbers(network: Network) -> int:
