@@ -28,7 +28,7 @@ def test_a_run_says_what_it_does_and_found_and_is_not_repeated(tmp_path, monkeyp
 
     def write_page(folder, trajectory, force, command, title):
         written.append((folder, len(trajectory), force is not None, command, title))
-        return folder / "report.html"
+        return folder / "dynamics.html"
 
     monkeypatch.setattr("hesscope.report.dynamics_page.write_dynamics_page", write_page)
     code, out, err = hesscope(monkeypatch, capsys, "dynamics", "clusters", "--loss", "mse", *TINY)
@@ -39,7 +39,7 @@ def test_a_run_says_what_it_does_and_found_and_is_not_repeated(tmp_path, monkeyp
     assert "training:  2 steps of Adam, learning rate 0.01" in lines
     assert "steps:     0, 1, 2" in lines
     folder = tmp_path / "out" / "dynamics" / "clusters-mse-adam-C2"
-    assert lines[-1] == f"page: {folder / 'report.html'}"
+    assert lines[-1] == f"page: {folder / 'dynamics.html'}"
     assert open_trajectory(folder).steps.tolist() == [0, 1, 2]
     again = hesscope(monkeypatch, capsys, "dynamics", "clusters", "--loss", "mse", *TINY)[1].splitlines()
     assert "continued an earlier run: 3 finished steps found" in again

@@ -46,8 +46,8 @@ def test_the_command_says_what_it_does_and_what_it_found(tmp_path, monkeypatch, 
     header = next(number for number, line in enumerate(lines) if line.split()[:2] == ["step", "loss"])
     assert [line.split()[0] for line in lines[header + 1 : header + 4]] == ["0", "1", "2"]
     assert any(line.strip().startswith("diagonality within fc1") for line in lines)
-    assert lines[-1] == f"page: {tmp_path / 'out' / 'report.html'}"
-    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+    assert lines[-1] == f"page: {tmp_path / 'out' / 'dynamics.html'}"
+    assert (tmp_path / "out" / "dynamics.html").stat().st_size > 10_000
     trajectory = open_trajectory(tmp_path / "out")
     assert [(each.learning_rate, each.stability_limit) for each in trajectory.snapshots] == [(0.1, 20.0)] * 3
     monkeypatch.setattr("hesscope.report.dynamics_page.write_dynamics_page", lambda *_: tmp_path)  # seconds of drawing

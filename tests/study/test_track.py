@@ -117,7 +117,9 @@ def test_numbers_are_those_of_dense_matrices(undisturbed):
         values, vectors = torch.linalg.eigh(H)
         ends, V = snapshot.eigenvalues, vectors[:, -3:]
         np.testing.assert_allclose(ends.largest, values[-3:].flip(0), rtol=1e-5)
-        np.testing.assert_allclose(ends.smallest, values[:1], rtol=1e-5)
+        np.testing.assert_allclose(
+            ends.smallest, values[:1], atol=1e-3 * float(values[-1] - values[0])
+        )  # see Eigenvalues
         share = float((V.T @ gradient).square().sum() / gradient.square().sum())
         assert ends.gradient_share == pytest.approx(share, abs=1e-3)
         assert ends.aligned_with == previous
@@ -336,7 +338,9 @@ def end_by(number):
 
 
 def note_and_sleep(path):
-    path.write_text(str(os.getpid()))
+    ignores = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    path.with_suffix(".part").write_text(f"{os.getpid()} {ignores}")
+    path.with_suffix(".part").rename(path)
     time.sleep(60)
 
 
@@ -354,14 +358,14 @@ def test_processes_end_at_once(tmp_path):
     begun = []
 
     def interrupt_when_running():
-        if place.exists() and place.read_text():
+        if place.exists():
             begun.append(time.monotonic())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_in_processes(note_and_sleep, [(place,)], interrupt_when_running)
     assert time.monotonic() - begun[0] < 2
-    assert not alive(int(place.read_text()))
+    assert not alive(int(place.read_text().split()[0]))
     with pytest.raises(HesscopeError, match=r"a process was killed by signal 9 \(for lack of memory\?\)"):
         run_in_processes(end_by, [(signal.SIGKILL,)], lambda: None)
 
@@ -375,15 +379,16 @@ run_in_processes(note_and_sleep, [(Path(sys.argv[1]),)], lambda: None)
 """
 
 
-def test_processes_end_with_their_parent(tmp_path):
+def test_processes_leave_ctrl_c_to_their_parent_and_end_with_it(tmp_path):
     place = tmp_path / "one"
     process = start([sys.executable, "-c", PARENT, str(place)])
     wait_for(place, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(0.1)
+    pid, ignores = place.read_text().split()
+    assert ignores == "True"  # Ctrl-C, which a terminal sends to all: the parent ends them, without a word of theirs
     deadline = time.monotonic() + 5
-    while alive(int(place.read_text())):
+    while alive(int(pid)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -16,6 +16,7 @@ from hesscope.core.records import Provenance
 from hesscope.dynamics.first_order import first_order
 from hesscope.dynamics.snapshot import UNKNOWN, EndEigenvalues, HeatMap, Snapshot
 from hesscope.dynamics.turned import Turned
+from hesscope.dynamics.whole import DENSE_SIZE, Whole, whole
 from hesscope.estimate.block_energies import DUAL, METHODS, block_energies
 from hesscope.estimate.block_spectra import block_spectra
 from hesscope.estimate.eigenpairs import top_eigenpairs
@@ -28,10 +29,6 @@ from hesscope.objective import Objective
 from hesscope.objective.losses import OutputLoss
 from hesscope.operators import GaussNewton, Hessian, Operator, as_operator
 from hesscope.partition import Partition
-
-# Up to this many parameters a Hessian that has a closed form is made once, for all measures but the energies: some
-# thousand parameters take as long as a few dozen products.
-DENSE_SIZE = 4096
 
 # Spectra of more blocks than this are not compared pair by pair.
 BLOCKS_COMPARED = 64
@@ -184,16 +181,18 @@ def measure(
     """
     start = time.perf_counter()
     first = first_order(objective)
-    hessian: Operator = Hessian(objective)
-    if hessian.has_closed_form and objective.parameters.size <= DENSE_SIZE and set(measures) - {"energies"}:
-        hessian = as_operator(hessian.dense())
     seconds = {"first order": time.perf_counter() - start}
+    start = time.perf_counter()
+    # Energies alone are made strip by strip, without the matrix.
+    known = whole(objective) if set(measures) - {"energies"} else None
+    hessian = Hessian(objective) if known is None else as_operator(known.matrices["H"])
+    seconds |= {} if known is None else {"matrix": time.perf_counter() - start}
     found: dict[str, Any] = dict.fromkeys(MEASURES)
     vectors = None
     for name, asked in measures.items():
         start = time.perf_counter()
         if isinstance(asked, Energies):
-            found[name] = _energies(objective, partition, asked, seed)
+            found[name] = _energies(objective, partition, asked, seed, known)
         elif isinstance(asked, Eigenvalues):
             found[name], vectors = _eigenvalues(hessian, asked, first.gradient, before, seed)
         elif isinstance(asked, Trace):
@@ -238,7 +237,11 @@ def layers_of_blocks(partition: Partition) -> tuple[str, ...]:
     return tuple(layer_of[label] for label in partition.labels)
 
 
-def _energies(objective: Objective, partition: Partition, asked: Energies, seed: int) -> SplitEnergies:
+def _energies(
+    objective: Objective, partition: Partition, asked: Energies, seed: int, known: Whole | None
+) -> SplitEnergies:
+    if known is not None and asked.method in ("auto", "closed_form") and asked.probes is None:
+        return known.energies(partition)
     if asked.method == DUAL:
         return SplitEnergies({"G": block_energies(GaussNewton(objective), partition, DUAL, asked.probes, seed=seed)})
     return split_energies(objective, partition, asked.method, asked.probes, asked.rtol, asked.max_products, seed=seed)
@@ -252,8 +255,9 @@ def _eigenvalues(
     start = before.vectors
     top = top_eigenpairs(hessian, k, "LA", rtol=asked.rtol, seed=seed, start=start)
     sigma = max(float(top.values[0]), 0.0)
-    turned = Turned(hessian, sigma)
-    bottom = top_eigenpairs(turned, min(asked.smallest, hessian.shape[0]), "LA", rtol=asked.rtol, seed=seed)
+    # One pair more than wanted: beside a dense bulk a search for a single one may settle on its neighbour.
+    j = min(asked.smallest, hessian.shape[0])
+    bottom = top_eigenpairs(Turned(hessian, sigma), min(j + 1, hessian.shape[0]), "LA", rtol=asked.rtol, seed=seed)
     V, length = top.vectors, float(gradient.norm())
     along = float((V.T @ (gradient / length).to(V)).square().sum()) if length > 0 else UNKNOWN
     aligned = UNKNOWN if start is None else float((start.to(V).T @ V).square().sum() / start.shape[1])
@@ -261,13 +265,13 @@ def _eigenvalues(
         EndEigenvalues(
             largest=top.values,
             largest_residuals=top.residuals,
-            smallest=(sigma - bottom.values)[::-1].copy(),
-            smallest_residuals=bottom.residuals[::-1].copy(),
+            smallest=(sigma - bottom.values[:j])[::-1].copy(),
+            smallest_residuals=bottom.residuals[:j][::-1].copy(),
             gradient_share=along,
             alignment=aligned,
             aligned_with=-1 if start is None else before.step,
             products=top.products + bottom.products,
-            converged=bool(top.converged.all() and bottom.converged.all()),
+            converged=bool(top.converged.all() and bottom.converged[:j].all()),
         ),
         V,
     )

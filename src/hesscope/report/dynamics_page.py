@@ -32,7 +32,7 @@ from hesscope.report.style import PART_NAMES, SERIES_COLOURS, number, percent, s
 Array = npt.NDArray[np.float64]
 T = TypeVar("T")
 
-PAGE = "report.html"
+PAGE = "dynamics.html"
 GIF = "heat-map.gif"
 # So many cards, and so many frames are on the page, within these bytes for all of them; so many in the animation.
 CARDS, FRAMES, FRAME_BYTES = 6, 12, 1_600_000
@@ -64,7 +64,7 @@ class _Film:
 def write_dynamics_page(
     folder: Path, trajectory: Trajectory, force: DynamicForce | None, command: str, title: str = ""
 ) -> Path:
-    """Write folder/report.html, the figures and the animation.
+    """Write folder/dynamics.html, the figures and the animation.
 
     Args:
         trajectory: what was measured of a run.

@@ -401,7 +401,7 @@ def _merged(study: AdviseStudy) -> xr.Dataset:
         parameters_cut=json.dumps(_cuts(study, choices)),
         choices=json.dumps({name: _plain(choice) for name, choice in choices.items()}),
         left_out=json.dumps(dict(study.left_out)),
-        config=json.dumps(study.config.model_dump(exclude_none=True, exclude={"spectrum", "layers"})),
+        config=json.dumps(study.config.model_dump(exclude_none=True, exclude={"spectrum", "layers", "track"})),
         model=study.config.model,
         model_class=type(study.objective.model).__name__,
         matrix=study.settings.matrix,

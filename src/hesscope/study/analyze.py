@@ -135,11 +135,12 @@ def settings_fingerprint(objective: Objective, partition: Partition, settings: t
     Values and gradients stand for what has no content to hash: the code of the model and of a loss callable.
     """
     loss = objective.loss
+    options = vars(loss.module) if isinstance(loss, OutputLoss) else {}
     content = {
         "versions": (__version__, torch.__version__),
         "settings": settings,
         "model": {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())},
-        "loss": {name: repr(value) for name, value in vars(getattr(loss, "module", loss)).items() if name[0] != "_"},
+        "loss": (loss.name, {name: repr(value) for name, value in options.items() if name[0] != "_"}),
         "loss_weights": dict(loss.module.named_buffers()) if isinstance(loss, OutputLoss) else {},
         "data": objective.data_fingerprint,
         "partition": (*partition.labels, partition.assignment),
@@ -294,7 +295,7 @@ def _merge(study: Study, names: list[str]) -> xr.Dataset:
         result["block_of_parameter"] = ("parameter", partition.assignment)
     return result.assign_attrs(
         model=study.config.model,
-        config=json.dumps(study.config.model_dump(exclude_none=True, exclude={"spectrum", "advise", "layers"})),
+        config=json.dumps(study.config.model_dump(exclude_none=True, exclude={"spectrum", "advise", "layers", "track"})),
         model_class=type(study.objective.model).__name__,
         loss=study.objective.loss.name,
         partition=study.config.partition,

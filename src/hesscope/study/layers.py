@@ -332,7 +332,7 @@ def _merge(study: LayersStudy) -> xr.Dataset:
             "dtype": str(objective.parameters.dtype).removeprefix("torch."),
             "device": str(objective.parameters.device),
             "left_out": json.dumps(dict(study.left_out)),
-            "config": json.dumps(study.config.model_dump(exclude_none=True, exclude={"spectrum", "advise"})),
+            "config": json.dumps(study.config.model_dump(exclude_none=True, exclude={"spectrum", "advise", "track"})),
         }
     )
 

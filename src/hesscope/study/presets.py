@@ -17,7 +17,8 @@ from hesscope.core.errors import InputError, TooLargeError
 from hesscope.core.rng import permutation, stream
 from hesscope.data import LabelledData, clusters, digits, gaussian
 from hesscope.dynamics import Eigenvalues, Energies, Heatmap
-from hesscope.dynamics.measures import DENSE_SIZE, Measure
+from hesscope.dynamics.measures import Measure
+from hesscope.dynamics.whole import DENSE_SIZE
 from hesscope.models import mlp, one_hidden
 from hesscope.objective import Objective
 from hesscope.partition import Partition

@@ -22,7 +22,6 @@ from hesscope.core.result_files import open_tree, save_tree
 from hesscope.dynamics.dynamic_force import DynamicForce, dynamic_force
 from hesscope.dynamics.measures import (
     BLOCKS_COMPARED,
-    DENSE_SIZE,
     MEASURES,
     Before,
     Density,
@@ -47,6 +46,7 @@ from hesscope.dynamics.trajectory import (
     steps_in,
     write_identity,
 )
+from hesscope.dynamics.whole import DENSE_SIZE
 from hesscope.estimate.block_energies import DUAL, settle_method
 from hesscope.objective import Objective
 from hesscope.objective.batches import fingerprint
