@@ -16,9 +16,13 @@ def test_without_a_name_all_presets_are_listed_with_what_they_take(monkeypatch, 
     code, out, err = hesscope(monkeypatch, capsys, "dynamics")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines] == ["preset", *PRESETS]
-    assert "--loss cross_entropy --optimizer adam --classes 10" in lines[1]
-    assert lines[1].endswith(PRESETS["gaussian"].description)
+    assert [line.split()[0] for line in lines if line[0] != " "] == ["preset", *PRESETS, "all"]
+    assert max(map(len, lines)) <= 100
+    said = " ".join(out.split())
+    for preset in PRESETS.values():
+        assert f"{preset.name} {preset.description} --steps={preset.defaults.steps} --snapshots=" in said
+    assert "--samples=1000 --seed=0 --loss=cross_entropy --optimizer=adam --classes=10 clusters" in said
+    assert lines[-1].split()[:4] == ["all", "--budget", "and", "--out"]
 
 
 def test_a_run_says_what_it_does_and_found_and_is_not_repeated(tmp_path, monkeypatch, capsys):
@@ -38,6 +42,7 @@ def test_a_run_says_what_it_does_and_found_and_is_not_repeated(tmp_path, monkeyp
     assert "model:     MLP, 496 parameters, on this cpu" in lines
     assert "training:  2 steps of Adam, learning rate 0.01" in lines
     assert "steps:     0, 1, 2" in lines
+    assert lines[lines.index("results:   out/dynamics/clusters-mse-adam-C2") + 1] == "writing the page ..."
     folder = tmp_path / "out" / "dynamics" / "clusters-mse-adam-C2"
     assert lines[-1] == f"page: {folder / 'dynamics.html'}"
     assert open_trajectory(folder).steps.tolist() == [0, 1, 2]
@@ -63,9 +68,9 @@ def test_gaussian_inputs_have_the_prediction_beside_them(tmp_path, monkeypatch, 
 
 BAD = [
     (("cluster",), "no preset is named 'cluster', did you mean 'clusters'?"),
-    (("clusters", "--classes", "1"), "classes must be at least 2, got 1"),
-    (("digits", "--classes", "10"), "preset 'digits' does not take classes; it takes steps"),
-    (("clusters", "--budget", "2"), "budget must be a share of the training's time in (0, 1], got 2.0"),
+    (("clusters", "--classes", "1"), "--classes must be at least 2, got 1"),
+    (("digits", "--classes", "10"), "preset 'digits' does not take --classes; it takes --steps"),
+    (("clusters", "--budget", "2"), "--budget must be a share of the training's time in (0, 1], got 2.0"),
     (("clusters", "--steps", "many"), "Invalid value for '--steps'"),
 ]
 

@@ -53,10 +53,11 @@ def test_both_commands_say_what_they_do_and_what_they_found(tmp_path, monkeypatc
     assert "continued an earlier run: 1 finished step found" in hesscope(monkeypatch, capsys, *compare)[1]
 
 
-def test_the_example_is_that_of_analyze(monkeypatch, capsys):
+def test_the_example_is_that_of_analyze_with_its_own_section(monkeypatch, capsys):
     code, example, _ = hesscope(monkeypatch, capsys, "layers", "--example")
     assert code == 0
-    assert example == hesscope(monkeypatch, capsys, "analyze", "--example")[1]
+    assert example.startswith(hesscope(monkeypatch, capsys, "analyze", "--example")[1])
+    assert [line for line in example.splitlines() if line.startswith("[")] == ["[layers]"]
 
 
 SETTINGS = [

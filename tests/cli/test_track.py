@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 import tomllib
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 
 from hesscope.dynamics import open_trajectory
-from hesscope.study.config import EXAMPLE, StudyConfig, TrackConfig
+from hesscope.report import dynamics_page
+from hesscope.study.config import StudyConfig, TrackConfig
 from tests.cli.test_commands import hesscope
 from tests.cli.test_spectrum import COMMON
 from tests.cli.test_spectrum import write_study as write
@@ -36,6 +38,9 @@ def write_study(tmp_path, section=FAST, steps=(0, 1, 2), **changes):
 
 def test_the_command_says_what_it_does_and_what_it_found(tmp_path, monkeypatch, capsys):
     study = write_study(tmp_path)
+    page = tmp_path / "out" / "dynamics.html"
+    write_page = create_autospec(dynamics_page.write_dynamics_page, return_value=page)  # seconds of drawing
+    monkeypatch.setattr(dynamics_page, "write_dynamics_page", write_page)
     code, out, err = hesscope(monkeypatch, capsys, "track", study)
     assert (code, err) == (0, "")  # no progress bar where there is no terminal
     lines = out.splitlines()
@@ -44,39 +49,42 @@ def test_the_command_says_what_it_does_and_what_it_found(tmp_path, monkeypatch, 
     assert lines[5] == "rate:      learning rate 0.1"
     assert {"partition:", "measures:", "time:", "results:"} <= {line.split(" ")[0] for line in lines}
     header = next(number for number, line in enumerate(lines) if line.split()[:2] == ["step", "loss"])
+    assert lines[lines.index(f"results:   {tmp_path / 'out'}") + 1] == "writing the page ..."  # before what takes long
     assert [line.split()[0] for line in lines[header + 1 : header + 4]] == ["0", "1", "2"]
     assert any(line.strip().startswith("diagonality within fc1") for line in lines)
-    assert lines[-1] == f"page: {tmp_path / 'out' / 'dynamics.html'}"
-    assert (tmp_path / "out" / "dynamics.html").stat().st_size > 10_000
+    assert lines[-1] == f"page: {page}"
+    folder, drawn, force, command = write_page.call_args.args
+    assert (folder, drawn.steps.tolist(), force.steps.tolist()) == (tmp_path / "out", [0, 1, 2], [[0, 2]])
+    assert command.startswith("hesscope track ")
     trajectory = open_trajectory(tmp_path / "out")
     assert [(each.learning_rate, each.stability_limit) for each in trajectory.snapshots] == [(0.1, 20.0)] * 3
-    monkeypatch.setattr("hesscope.report.dynamics_page.write_dynamics_page", lambda *_: tmp_path)  # seconds of drawing
     again = hesscope(monkeypatch, capsys, "track", study)[1].splitlines()
     assert "continued an earlier run: 3 finished steps found" in again
-    assert again[2].endswith("; 0 of them to be measured")
+    assert "time:      everything is measured; only the page is written again" in again
     # Without energies there are no blocks to tell of.
     study.write_text(study.read_text().replace('"out"', '"other"') + 'measures = ["eigenvalues"]\n')
     code, out, _ = hesscope(monkeypatch, capsys, "track", study)
     assert code == 0
     assert "diagonality" not in out
+    assert write_page.call_args.args[2] is None
 
 
-def test_the_example_is_that_of_analyze_and_names_the_defaults(monkeypatch, capsys):
+def test_the_example_has_its_own_section_and_names_the_defaults(monkeypatch, capsys):
     code, example, _ = hesscope(monkeypatch, capsys, "track", "--example")
-    assert (code, example) == (0, EXAMPLE)
-    assert StudyConfig.model_validate(tomllib.loads(example)).track == TrackConfig()
-    told = tomllib.loads(
-        EXAMPLE.replace("# checkpoints =", "checkpoints =").replace("# learning_rate", "learning_rate")
-    )
+    assert code == 0
+    assert example.startswith(hesscope(monkeypatch, capsys, "analyze", "--example")[1])
+    assert [line for line in example.splitlines() if line.startswith("[")] == ["[track]"]
+    assert StudyConfig.model_validate(tomllib.loads(example)).track == TrackConfig(checkpoints="checkpoints")
+    told = tomllib.loads(example.replace("# learning_rate", "learning_rate"))
     assert set(told["track"]) == set(TrackConfig.model_fields)
 
 
 def test_ctrl_c_ends_all_processes_with_one_line(tmp_path):
-    study = write_study(tmp_path, FAST + 'processes = 2\nmeasures = ["density", "eigenvalues"]\n', range(60))
+    study = write_study(tmp_path, FAST + 'processes = 2\nmeasures = ["density", "eigenvalues"]\n', range(24))
     command = [sys.executable, "-c", "from hesscope.cli import main; main()", "track", str(study)]
     process = start(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     try:
-        while not (tmp_path / "out" / "step-000000030.nc").exists():  # the first of the second process
+        while not (tmp_path / "out" / "step-000000012.nc").exists():  # the first of the second process
             assert process.poll() is None, "the run ended before it could be interrupted"
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGINT)  # what a terminal does
@@ -92,7 +100,7 @@ def test_ctrl_c_ends_all_processes_with_one_line(tmp_path):
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert 0 < len(open_trajectory(tmp_path / "out")) < 60
+    assert 0 < len(open_trajectory(tmp_path / "out")) < 24
 
 
 SETTINGS = [

@@ -379,8 +379,25 @@ def test_tables_read_well():
     assert "of 3 runs" in rows[0]["passes 0.5 at step"]
     assert "±" in rows[0]["static"]
     (pair,) = force.pair_table()
-    assert pair["layers"] == "a x b"
+    assert pair["layers"] == "a × b"
     assert pair["R over squared residual"].startswith("0.8")
+
+
+def test_tables_leave_out_what_has_no_value_and_name_numbered_layers():
+    """Layer "0" has a block of another size, so no r; its number is called a layer, in the words alone."""
+    labels, sizes = ("w", "x", "y", "z"), (5, 3, 5, 5)
+    parts = [{"H": BlockEnergies.exact(labels, sizes, planted(beyond), PROVENANCE)} for beyond in (0.9, 0.1)]
+    run = Trajectory(tuple(snapshot(n, part, layers=("0", "0", "b", "b")) for n, part in enumerate(parts)), {})
+    force = dynamic_force(run)
+    rows = {row["quantity"]: row for row in force.table()}
+    ratios = [name for name in rows if name.startswith("off-diagonal ratio")]
+    assert ratios == ["off-diagonal ratio of b"]
+    assert {"diagonality within layer 0", "cosine with the initial energies, within layer 0"} <= set(rows)
+    assert "residual share of it" not in rows
+    assert not any(row["initialization"] == row["end"] == "–" for row in rows.values())
+    assert force.table()[0]["dynamic"].startswith("−")
+    assert [row["layers"] for row in force.pair_table()] == ["layer 0 × b"]
+    assert (force.layers, force.pairs[0]) == (("0", "b"), "0 x b")
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------

@@ -128,6 +128,8 @@ def test_all_other_measures_against_the_dense_matrix():
         assert snapshot.sharpness_times_learning_rate == pytest.approx(0.05 * ends.largest[0])
         trace = snapshot.trace
         assert abs(trace.value - float(H.trace())) <= 4 * trace.stderr + 1e-9 * abs(trace.value)
+        for record in (trace, snapshot.density, snapshot.heterogeneity):
+            assert record.provenance.data_fingerprint == run.objective.data_fingerprint
         density = snapshot.density  # four probes of 40 steps: eigenvalues themselves are exact, weights are not
         assert density.eigenvalue_range == pytest.approx((values[0], values[-1]), rel=1e-6)
         spectra = hs.block_spectra(H, hs.Partition.by_row(run.model))
@@ -236,8 +238,49 @@ def test_the_table_over_steps(tmp_path):
     assert list(table["value"]) == [snapshot.value for snapshot in trajectory.snapshots]
 
 
+@pytest.mark.parametrize("scale", [1e14, 1.0, 1e-14])
+def test_measures_have_no_scale_of_their_own(scale):
+    """In float32, whose squares overflow and vanish; a linear model under squared error, scaled by its inputs."""
+    x, y = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(20, 2)
+
+    def measured(factor):
+        model = torch.nn.Linear(4, 2, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(torch.arange(8.0).view(2, 4))
+        objective = hs.Objective(model, "mse", (x * factor, y))
+        return Tracker(objective, at=[0], measures=["energies", Eigenvalues(k=4), "heatmap"])(0)
+
+    one, scaled = measured(1.0), measured(scale)
+    assert scaled.gradient_norm == pytest.approx(one.gradient_norm * scale**2, rel=1e-4)
+    assert scaled.eigenvalues.gradient_share == pytest.approx(one.eigenvalues.gradient_share, rel=1e-3)
+    assert scaled.sharpness == pytest.approx(one.sharpness * scale**2, rel=1e-4)
+    assert np.allclose(scaled.heatmap.values, one.heatmap.values * scale**2, rtol=1e-4, atol=0)
+
+
+def test_one_matrix_for_all_measures_is_the_matrix_of_each():
+    """Networks without a closed form: alone, energies come from columns; with others, from the whole matrix."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, 5, generator=generator).double(), torch.arange(20) % 3
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3)).double()
+    for loss, parts in (("cross_entropy", ("H", "G", "R")), (summed_cross_entropy, ("H",))):
+        objective = hs.Objective(model, loss, [(x, y)])
+        rows = hs.Partition.by_row(model)
+        alone = Tracker(objective, rows, at=[0], measures=["energies"])(0)
+        together = Tracker(objective, rows, at=[0], measures=["energies", "heatmap", "trace"])(0)
+        assert alone.parts == together.parts == parts
+        for part in parts:
+            ours, expected = together.block_energies(part).values, alone.block_energies(part).values
+            assert np.allclose(ours, expected, rtol=1e-8, atol=1e-14 * expected.max())
+        assert together.trace.value == pytest.approx(float(hs.Hessian(objective).dense().trace()), rel=1e-8)
+
+
+def summed_cross_entropy(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum"), len(batch[1])
+
+
 def test_unknown_layers_are_named():
     snapshot = Tracker(Run().objective, at=[0], measures=["energies"])(0)
+    assert snapshot.diagonality() == snapshot.block_energies().diagonality
     with pytest.raises(hs.HesscopeError, match="no layer is named 'fc3'; the layers are fc1, fc2"):
         snapshot.residual_share("fc1", "fc3")
     with pytest.raises(hs.HesscopeError, match="no layer is named 'fc3'; the layers are fc1, fc2"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import hesscope as hs
-from hesscope.dynamics import Adaptive, Eigenvalues, Tracker, clock, log_spaced, open_trajectory, tracker
+from hesscope.dynamics import Adaptive, Eigenvalues, Tracker, clock, kept_state, log_spaced, open_trajectory, tracker
 from hesscope.dynamics.trajectory import steps_in
 from tests.dynamics.runs import Run
 
@@ -75,6 +75,28 @@ def test_adaptive_steps_follow_the_movement():
             place = flat[step]
     assert steps == expected
     assert 4 < len(steps) < 100
+
+
+@pytest.mark.parametrize("at", [Adaptive(0.2), 20, [0, 3]])
+@pytest.mark.parametrize("budget", [None, 0.01])
+def test_the_end_is_measured_on_request(at, budget):
+    run = Run()
+    tracker = Tracker(run.objective, at=at, measures=[], budget=budget)
+    for step in range(50):
+        tracker(step)
+        run.update()
+    trajectory = tracker.finish(50)
+    assert trajectory.steps[-1] == 50
+    assert trajectory.snapshots[-1].value == run.objective.value()
+
+
+def test_steps_that_never_came_by_are_named():
+    run = Run()
+    tracker = Tracker(run.objective, at=[0, 2, 7, 30], measures=[])
+    for step in range(0, 12, 2):
+        tracker(step)
+        run.update()
+    assert tracker.finish(12).left_out == (7,)
 
 
 def test_forced_steps():
@@ -189,7 +211,7 @@ class FakeTime:
 
     def __init__(self, monkeypatch, cost=20.0):
         self.now = 0.0
-        fake = SimpleNamespace(perf_counter=lambda: self.now)
+        fake = SimpleNamespace(perf_counter=lambda: self.now, now_plus=self.plus)
         monkeypatch.setattr(clock, "time", fake)
         monkeypatch.setattr(tracker, "time", fake)
         measure = tracker.measure
@@ -199,6 +221,9 @@ class FakeTime:
             return measure(*arguments)
 
         monkeypatch.setattr(tracker, "measure", slow)
+
+    def plus(self, seconds):
+        self.now += seconds
 
 
 def budgeted(monkeypatch, steps, at, budget, folder=None, kill=None, **options):
@@ -238,10 +263,88 @@ def test_a_budget_is_kept_and_steps_are_measured_where_they_were_due(kept, tmp_p
     for snapshot in trajectory.snapshots:
         assert snapshot.value == before[snapshot.step]
         assert snapshot.training_seconds == snapshot.step
-    assert "6 due steps left out" in tracker.report() and "% of 2e+03 s of training" in tracker.report()
+    assert tracker.report() == "10 snapshots in 200 s (10.0% of 2e+03 s of training); 6 due and left out"
     if kept:
         assert open_trajectory(tmp_path).left_out == trajectory.left_out
         assert not list(tmp_path.glob("waiting-*"))
+
+
+def test_copies_of_steps_that_wait_are_few(monkeypatch, tmp_path):
+    """All steps are due, copying takes as long as a step: without a limit it would double the training's time."""
+    put, most = kept_state.KeptState.put, []
+
+    def counted(self, *arguments):
+        put(self, *arguments)
+        clock.time.now_plus(1.0)
+        most.append(len(list(tmp_path.glob("waiting-*"))))
+
+    monkeypatch.setattr(kept_state.KeptState, "put", counted)
+    tracker, _ = budgeted(monkeypatch, 1500, 1, 0.1, tmp_path)
+    assert max(most) == 32 and len(most) < 50
+    trajectory = tracker.finish()
+    assert tracker.share < 0.15
+    assert sorted([*trajectory.steps, *trajectory.left_out]) == list(range(1501))
+
+
+def test_the_last_step_is_measured_whatever_the_budget(monkeypatch):
+    tracker, _ = budgeted(monkeypatch, 5, [0, 2, 5], 0.1)
+    assert list(tracker.finish().steps) == [0, 5]
+    assert tracker.share > 1
+
+
+def test_time_of_earlier_runs_counts(monkeypatch, tmp_path):
+    """20 s for each of 10 snapshots: killed and resumed, the same share of the same training."""
+    at = log_spaced(2000, 16)
+    assert budgeted(monkeypatch, 2000, at, 0.1, tmp_path, kill=900) is None
+    tracker = Tracker(Run().objective, at=at, measures=["energies"], folder=tmp_path, budget=0.1)
+    measured = len(tracker.trajectory)
+    assert measured >= 3
+    # Of the time when the last one was measured, not when it was due, which is near the start.
+    assert 0.05 < tracker.share <= 0.1
+
+
+def test_a_kill_at_the_end_forgets_nothing(monkeypatch, tmp_path):
+    at = log_spaced(2000, 16)
+    tracker, _ = budgeted(monkeypatch, 2000, at, 0.1, tmp_path)
+    drop, dropped = kept_state.KeptState.drop, []
+
+    def killed(self, step):
+        drop(self, step)
+        dropped.append(step)
+        if len(dropped) == 3:
+            raise Killed
+
+    monkeypatch.setattr(kept_state.KeptState, "drop", killed)
+    with pytest.raises(Killed):
+        tracker.finish()
+    monkeypatch.undo()
+    again = Tracker(Run().objective, at=at, measures=["energies"], folder=tmp_path, budget=0.1)
+    trajectory = again.finish()
+    assert sorted([*trajectory.steps, *trajectory.left_out]) == list(at)
+
+
+def test_buffers_that_are_views_and_a_callback_that_fails():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    model.register_buffer("view", torch.arange(3.0).expand(2, 3))
+    model.register_buffer("count", torch.zeros(()))
+    objective = hs.Objective(model, "cross_entropy", (torch.randn(8, 3), torch.zeros(8, dtype=torch.long)))
+    seen = []
+
+    def fail(snapshot):
+        seen.append(snapshot.step)
+        if snapshot.step == 1:
+            raise ValueError("no disk")
+
+    tracker = Tracker(objective, at=1, measures=[], budget=1e-9, on_snapshot=fail)
+    for step in range(3):
+        tracker(step)
+        with torch.no_grad():
+            model[0].weight.mul_(1.1), model.count.add_(1)
+    with pytest.raises(ValueError, match="no disk"):
+        tracker.finish(everything=True)
+    assert model.count == 3
+    tracker.finish(everything=True)
+    assert seen == [0, 1, 2]
 
 
 def test_everything_is_measured_on_request(monkeypatch):
@@ -290,7 +393,7 @@ def test_a_model_that_is_not_being_trained():
     tracker = Tracker(run.objective, at=1, measures=[])
     tracker(0)
     tracker(1)  # a learning rate may start at zero
-    with pytest.raises(hs.HesscopeError, match="not changed over the last 3 measured steps, up to step 2: it is not"):
+    with pytest.raises(hs.HesscopeError, match="not changed over 3 measured steps, up to step 2: it is not"):
         tracker(2)
 
 
@@ -300,6 +403,47 @@ def test_a_model_that_rests_at_its_minimum_is_no_error():
     tracker = Tracker(hs.Objective(model, "mse", (torch.ones(3, 2), torch.zeros(3, 1))), at=1, measures=["energies"])
     for step in range(5):
         assert tracker(step).gradient_norm == 0
+
+
+def test_training_that_has_come_to_rest_is_no_error():
+    """Rates that decay, or float32 that is exhausted: the parameters stay, though the gradient is not zero."""
+    run = Run()
+    tracker = Tracker(run.objective, at=1, measures=[])
+    tracker(0)
+    run.update()
+    for step in range(1, 8):
+        assert tracker(step).gradient_norm > 0
+    assert "not moved" not in tracker.report()
+
+
+def test_a_network_that_fits_everything_is_still_measured():
+    """Probabilities minus labels are all but rounding then, and so is the Hessian's symmetry (no closed form here)."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 6, generator=generator), torch.arange(30) % 3
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.LayerNorm(16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    objective = hs.Objective(model, "cross_entropy", (x, y))
+    tracker = Tracker(objective, at=[0, 300], measures=["energies", "eigenvalues"])
+    for step in range(300):
+        tracker(step)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        model[-1].weight.mul_(2.5), model[-1].bias.mul_(2.5)
+    last = tracker.finish(300).snapshots[-1]
+    assert last.step == 300 and last.accuracy == 1 and 0 < last.value < 1e-5
+    assert np.isfinite(last.cross_layer_share()) and last.sharpness > 0
+
+
+def test_layers_may_be_frozen_on_the_way():
+    run = Run()
+    tracker = Tracker(run.objective, at=Adaptive(0.05), measures=["energies"])
+    for step in range(30):
+        tracker(step)
+        run.model.fc1.weight.requires_grad_(step < 10)
+        run.update()
+    assert len(tracker.finish()) > 2
 
 
 def test_the_folder_of_another_study(tmp_path):
@@ -340,6 +484,11 @@ def test_other_bad_arguments():
     for options, message in {
         (("budget", 0),): "budget must be a share of the training's time",
         (("budget", 1.5),): "budget must be a share of the training's time",
+        (("budget", "0.1"),): "budget must be a share of the training's time.*got '0.1'",
+        (("optimizer", "sgd"),): "optimizer must be a torch optimizer, got 'sgd'",
+        (("on_snapshot", "x"),): "on_snapshot must be a function of a Snapshot, got 'x'",
+        (("seed", "a"),): "seed must be an integer, got 'a'",
+        (("folder", __file__),): "folder = .*test_tracker.py' is a file",
         (("measures", ("energy",)),): "each of measures must be one of .*did you mean 'energies'",
         (("measures", "energies"),): r"measures must be a list, such as \['energies'\]",
         (("measures", ("trace", "trace")),): "'trace' is twice among the measures",

@@ -19,13 +19,15 @@ from hesscope.estimate.density import SpectralDensity
 from hesscope.estimate.energies import BlockEnergies, SplitEnergies
 from hesscope.estimate.estimate import Estimate
 from hesscope.report import dynamics_figures, dynamics_page
-from hesscope.report.dynamics_page import (
-    animation,
+from hesscope.report.dynamics_page import animation, write_dynamics_page
+from hesscope.report.dynamics_words import (
     dynamics_headline,
     dynamics_table,
     exponent_table,
     force_table,
-    write_dynamics_page,
+    headline_and_lead,
+    measuring_words,
+    no_exponents_said,
 )
 from hesscope.report.page import Picture
 from tests.report import test_page
@@ -110,13 +112,29 @@ def test_headline_says_what_training_did(crosses, verdict):
     assert shown[2] == pytest.approx(100 * share(crosses[1]), rel=0.06, abs=0.051)
 
 
-def test_headline_names_what_was_in_between():
-    said = plain(dynamics_headline(crossing((0, 10.0), (7, 0.01), (60, 9.0), value=0.25)))
-    assert f"at loss 0.250, {100 * share(9.0):.1f} % (lowest {100 * share(0.01):.1f} % at step 7): " in said
-    assert "hardly changed" in said
-    said = plain(dynamics_headline(crossing((5, 0.01), (7, 4.0), (60, 0.0101))))
+def test_lead_names_what_was_in_between():
+    said, lead = map(plain, headline_and_lead(crossing((0, 10.0), (7, 0.01), (60, 9.0), value=0.25)))
+    assert said.endswith(f"at loss 0.250, {100 * share(9.0):.1f} %: training hardly changed this.")
+    assert lead.startswith(f"In between that share was lowest at step 7, {100 * share(0.01):.1f} %.")
+    said, lead = map(plain, headline_and_lead(crossing((5, 0.01), (7, 4.0), (60, 0.0101))))
     assert said.startswith("At step 5 ")
-    assert f"at step 60, at loss 1.00, {100 * share(0.0101):.1f} % (highest {100 * share(4.0):.1f} % at step 7)" in said
+    assert f"at step 60, at loss 1.00, {100 * share(0.0101):.1f} %: " in said
+    assert lead.startswith(f"In between that share was highest at step 7, {100 * share(4.0):.1f} %.")
+    lead = plain(headline_and_lead(crossing((0, 1.0), (7, 0.01), (9, 50.0), (60, 1.02)))[1])
+    expected = f"lowest at step 7, {100 * share(0.01):.1f} % and highest at step 9, {100 * share(50.0):.1f} %."
+    assert lead.startswith(f"In between that share was {expected}")
+
+
+@pytest.mark.parametrize("crosses", [each for each, _ in VERDICTS])
+def test_headline_is_short_and_the_lead_has_the_split(crosses):
+    run = crossing((0, crosses[0]), (7, 3.0), (123456, crosses[1]), accuracy=0.98)
+    force = dynamic_force(run)
+    headline, lead = headline_and_lead(run, force)
+    assert len(headline.split(" ")) <= 36
+    assert headline.count(". ") == 0
+    assert "chance" not in headline
+    assert ("Of what the diagonal blocks hold beyond chance" in lead) == bool(np.isfinite(force.static[0, 0]))
+    assert dynamics_headline(run, force) == f"{headline} {lead}".strip()
 
 
 def test_headline_of_one_snapshot_says_nothing_of_training():
@@ -161,7 +179,7 @@ def test_headline_without_energies():
         "The sharpness (largest eigenvalue) rises from 2.00 at initialization to 3.00 after 1 step."
     )
     traces = [Estimate.exact(value, 0, ORIGIN) for value in (2.0, -3.0)]
-    assert change(trace=traces).startswith("The trace of the Hessian falls from 2.00 at initialization to -3.00")
+    assert change(trace=traces).startswith("The trace of the Hessian falls from 2.00 at initialization to −3.00")
     maps = [HeatMap(np.ones((2, 2), np.float32), 2, ("w",), (2,))] * 2
     assert change(heatmap=maps) == "The loss is 1.00 both at initialization and after 1 step."
 
@@ -215,9 +233,35 @@ def test_tables_of_the_force():
     table, exponents = force_table(force), exponent_table(force)
     assert table[0] == ("quantity", "initialization", "end", "static", "dynamic", "passes 0.9 at step")
     assert [row[0] for row in table[1:3]] == ["diagonality", "diagonality within a"]
-    assert exponents[0][0] == "layers"
-    assert exponents[1][0] == "a x b"
     assert {len(row) for row in table} == {6}
+    assert exponents == []
+    needed = "at least 10 steps, at which the loss above its optimum (or the squared residual) and the energy"
+    assert needed in no_exponents_said(force)
+    assert no_exponents_said(force).endswith("here there are 2.")
+    fading = [(step, 0.5**step) for step in range(10)]
+    ten = trajectory(*(snapshot(k, split((1.0, cross, 1.0)), value=2 * cross**-0.5) for k, cross in fading))
+    force = dynamic_force(ten)
+    assert no_exponents_said(force) == ""
+    exponents = exponent_table(force)
+    assert exponents[0] == ("layers", *exponents[0][1:3], "H over L − optimum", "H over squared residual")
+    assert exponents[1] == ("a × b", "–", "–", "−2.00 (−2.00 to −2.00)", "−2.00 (−2.00 to −2.00)")
+    nine = dynamic_force(trajectory(*ten.snapshots[:9]))
+    assert (exponent_table(nine), no_exponents_said(nine)[-17:]) == ([], "here there are 9.")
+    constant = dynamic_force(crossing(*fading))
+    assert no_exponents_said(constant).endswith("the squared residual are the same at all 10 usable steps.")
+    single = dynamic_force(
+        [trajectory(*ten.snapshots[:2]), trajectory(*ten.snapshots[2:3], snapshot(3, split((0,) * 3)))]
+    )
+    assert "at least 4 steps, 2 of each run" in no_exponents_said(single)
+
+
+def test_tables_have_minus_signs():
+    falls = [snapshot(k, eigenvalues=ends(value), value=value) for k, value in enumerate((-2.5, -1e-9))]
+    assert dynamics_table(trajectory(*falls))[1:] == [("0", "−2.50", "−2.50"), ("1", "−1.00e-09", "−1.00e-09")]
+    force = dynamic_force(crossing((0, 100.0), (9, 0.01)))
+    static = force_table(force)[1][3]
+    assert float(static.replace("−", "-")) == pytest.approx(force.static[0, 0], rel=0.01)
+    assert static.startswith("−")
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -359,7 +403,7 @@ def test_the_page_in_a_browser(tmp_path, monkeypatch):
         [words[4], words[0]],
     ]
     assert plain(seen["label"]) == words[4]
-    assert plain(seen["title"]) == plain(dynamics_headline(run, force))
+    assert plain(seen["title"]) == plain(headline_and_lead(run, force)[0])
     assert [name for name, _ in seen["heights"]] == [*SECTIONS, "provenance"]
     assert all(height > 100 for _, height in seen["heights"])
     assert seen["wide"] <= 0
@@ -368,7 +412,11 @@ def test_the_page_in_a_browser(tmp_path, monkeypatch):
     assert "hesscope track &lt;x&gt;" in text
     assert "A &amp; B" in text
     assert "30, 50 (the time budget did not allow them)" in text
-    assert "Measuring took 37.5 % of training (10.0 s without it)." in text
+    assert "Measuring took 37.5 % of the training’s time (10.0 s without it)." in text
+    assert "A negative static part of the <b>share within layers</b> is usual" in text
+    assert "No exponents: a power law is fitted to at least 10 steps, at which" in text
+    assert "No residual part at any step, and not drawn: within a, within b." in text
+    assert text.count('class="lead"') == 2
     assert "<td>energies</td><td>1.25</td><td>0.25</td>" in text
     assert 'href="figures/heat-map.gif"' in text
     assert "Zero, and not drawn: R within a, R within b." in text
@@ -421,11 +469,14 @@ def test_lines_show_the_snapshots(drawn, tmp_path):
     np.testing.assert_allclose(lines_of(shares)["between layers"], 100 * 12 * fade / total)
     np.testing.assert_allclose(lines_of(shares)["in the 5 diagonal blocks"], 100 * 8 / total)
     np.testing.assert_allclose(lines_of(residual)["a × b"], 100 * fade / (fade + 0.1))
+    assert list(lines_of(residual)) == ["a × b"]  # within the layers there is no residual part
+    colours = [{line.get_label(): line.get_color() for line in axes.lines}["a × b"] for axes in (energies[0], residual)]
+    assert colours[0] == colours[1]
     np.testing.assert_allclose(lines_of(ratios)["b"], [0.1] * 5)
     both = lines_of(drawn["eigenvalues"].axes[0])
     np.testing.assert_allclose(both["largest (sharpness)"], 10 * fade)
     np.testing.assert_allclose(both["most negative"], -fade)
-    np.testing.assert_allclose(both["stability limit 2/η (gradient descent)"], [20.0] * 5)
+    np.testing.assert_allclose(both["stability limit 2/η (plain gradient descent)"], [20.0] * 5)
     edge, eigenspace = drawn["edge"].axes
     np.testing.assert_allclose(lines_of(edge)["sharpness × learning rate η"], fade)
     np.testing.assert_allclose(lines_of(eigenspace)["gradient’s share in the top eigenspace"], [30.0] * 5)
@@ -437,13 +488,65 @@ def test_lines_show_the_snapshots(drawn, tmp_path):
 def test_the_stability_line_says_what_it_is_of(drawn, tmp_path):
     run = [snapshot(k, eigenvalues=ends(1.0), learning_rate=0.1, stability_limit=38.0) for k in range(2)]
     write_dynamics_page(tmp_path, trajectory(*run), None, "x")
-    assert "stability limit 3.80/η (momentum, weight decay)" in lines_of(drawn["eigenvalues"].axes[0])
+    assert "stability limit 3.80/η of this optimizer" in lines_of(drawn["eigenvalues"].axes[0])
+    np.testing.assert_allclose(lines_of(drawn["edge"].axes[0])["stability limit 3.80 of this optimizer"], 3.8)
+    plain_descent = [replace(each, stability_limit=2 / 0.1) for each in run]
+    write_dynamics_page(tmp_path, trajectory(*plain_descent), None, "x")
+    np.testing.assert_allclose(lines_of(drawn["edge"].axes[0])["stability limit 2 (plain gradient descent)"], 2.0)
+    decayed = [replace(each, stability_limit=2 / 0.1 - 1e-4) for each in run]
+    write_dynamics_page(tmp_path, trajectory(*decayed), None, "x")
+    assert "stability limit 2.00 of this optimizer" in lines_of(drawn["edge"].axes[0])
     run = [replace(each, stability_limit=NAN) for each in run]
     text = text_of(write_dynamics_page(tmp_path, trajectory(*run), None, "x"))
     assert set(lines_of(drawn["eigenvalues"].axes[0])) >= {"largest (sharpness)", "most negative"}
     assert not any("limit" in label for label in lines_of(drawn["eigenvalues"].axes[0]))
     assert "No stability line" in text
     assert not drawn.keys() & {"energies", "structure", "trace", "density"}
+
+
+def numbered(bias=False):
+    """Layers "0" and "2" of a Sequential, by row; with a bias each is a block of another size."""
+    labels = tuple(f"{layer}.{name}" for layer in "02" for name in ("weight[0]", "weight[1]", "bias"))
+    sizes = tuple(2 if bias and label.endswith("bias") else 4 for label in labels)
+    values = np.full((6, 6), 0.5) + np.eye(6)
+    found = []
+    for step in range(2):
+        parts = {part: BlockEnergies.exact(labels, sizes, 0.5**step * values, ORIGIN) for part in "HGR"}
+        found.append(snapshot(step, SplitEnergies(parts), tuple(label[0] for label in labels), value=0.5**step))
+    return trajectory(*found)
+
+
+def test_bare_numbers_are_called_layers(drawn, tmp_path):
+    run = numbered()
+    force = dynamic_force(run)
+    text = text_of(write_dynamics_page(tmp_path, run, force, "x"))
+    assert set(lines_of(drawn["energies"].axes[0])) == {"within layer 0", "within layer 2", "layer 0 × layer 2"}
+    assert list(lines_of(drawn["structure"].axes[2])) == ["layer 0", "layer 2"]
+    assert dynamics_table(run)[0][-2:] == ("r of layer 0", "r of layer 2")
+    quantities = [row[0] for row in force_table(force)]
+    assert {"diagonality within layer 0", "off-diagonal ratio of layer 2"} <= set(quantities)
+    assert not re.search(r"(within|of|×|>) [02]( |<|,|\.)", text)
+    blocks = BlockEnergies.exact(("0", "2"), (4, 4), np.ones((2, 2)), ORIGIN)
+    by_layer = snapshot(0, SplitEnergies({"H": blocks}), ("0", "2"))
+    assert dynamics_page._block_ruler(by_layer).names == ("layer 0", "layer 2")
+    assert dynamics_page._block_ruler(replace(by_layer, layers=("fc", "fc"))).names == ("0", "2")
+
+
+def test_ratios_that_cannot_be_are_told_once(drawn, tmp_path):
+    run = numbered(bias=True)
+    text = text_of(write_dynamics_page(tmp_path, run, dynamic_force(run), "x"))
+    assert text.count("No off-diagonal ratio r of layer 0, layer 2: blocks there differ in size") == 1
+    assert "off-diagonal ratio of" not in text
+    run = numbered()
+    text = text_of(write_dynamics_page(tmp_path, run, dynamic_force(run), "x"))
+    assert "No off-diagonal ratio" not in text
+    assert "<td>off-diagonal ratio of layer 0</td>" in text
+
+
+@pytest.mark.parametrize(("spent", "words"), [(20.0, "200.0 % of"), (5200.0, "520 times"), (71.0, "7.1 times")])
+def test_long_measuring_is_told_in_times(spent, words):
+    run = trajectory(snapshot(0, seconds={"energies": spent}))
+    assert f"Measuring took {words} the training’s time (10.0 s without it)." == plain(measuring_words(run))
 
 
 def many_layers():
@@ -477,6 +580,7 @@ def test_odd_trajectories_have_a_page(name, drawn, tmp_path):
     rows = text.split('id="steps"')[1].split("</section>")[0].count("<tr>") - 1
     assert rows == min(len(run), dynamics_page.ROWS_SHOWN)
     assert ('id="film-blocks"' in text) == ("energies" in drawn) == (run.snapshots[0].energies is not None)
+    assert not re.search(r"\b1 (steps|snapshots|diagonal blocks)\b", text)
     if name == "many layers":
         assert len(drawn["energies"].axes[0].lines) == 7
         assert "Drawn are the 7 of 78 pairs" in text

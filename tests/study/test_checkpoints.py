@@ -128,3 +128,12 @@ def test_safetensors_headers_are_enough(tmp_path):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(InputError, match="cannot be read"):
         tensor_shapes(path)
+    # What pickle raises for these bytes is "KeyError: 105", which tells nobody anything.
+    (tmp_path / "step-3.pt").write_bytes(b"hi there")
+    with pytest.raises(
+        InputError, match=r"cannot be read: it must be a file .* that holds tensors only, a state_dict$"
+    ):
+        tensor_shapes(tmp_path / "step-3.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "step-4.pt")
+    with pytest.raises(InputError, match=r"a state_dict: UnpicklingError: Weights only load failed$"):
+        tensor_shapes(tmp_path / "step-4.pt")

@@ -1,7 +1,7 @@
 import pytest
 
 from hesscope.core.errors import InputError
-from hesscope.study.config import EXAMPLE, SpectrumConfig, StudyConfig, read_config
+from hesscope.study.config import EXAMPLE, SECTIONS, SpectrumConfig, StudyConfig, example_study, read_config
 
 MINIMAL = 'model = "a:b"\ndata = "c:d"\noutput = "out"\n'
 
@@ -17,6 +17,12 @@ def test_the_example_is_valid_and_mentions_every_key(tmp_path):
     assert config.partition == "row"
     for key in [*StudyConfig.model_fields, *SpectrumConfig.model_fields]:
         assert f"{key} =" in EXAMPLE or f"[{key}]" in EXAMPLE
+
+
+@pytest.mark.parametrize("command", ["analyze", *SECTIONS])
+def test_examples_have_the_sections_that_a_command_reads(tmp_path, command):
+    config = read_config(write(tmp_path, example_study(command)))
+    assert config.model_fields_set & set(SECTIONS) == {command} - {"analyze"}
 
 
 def test_defaults(tmp_path):

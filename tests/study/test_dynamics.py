@@ -235,16 +235,20 @@ def test_the_gpt_is_cut_by_head_row_or_token():
 
 BAD = [
     ("cluster", {}, "no preset is named 'cluster', did you mean 'clusters'\\?; there are gaussian, clusters, "),
-    ("clusters", {"classes": 1}, "classes must be at least 2, got 1"),
-    ("clusters", {"loss": "cross-entropy"}, "loss must be one of .*did you mean 'cross_entropy'"),
-    ("clusters", {"optimizer": "adm"}, "optimizer must be one of 'adam', 'sgd'"),
-    ("clusters", {"partition": "row"}, "preset 'clusters' does not take partition; it takes steps, snapshots, "),
-    ("clusters", {"snapshots": 1}, "snapshots must be at least 2"),
-    ("clusters", {"steps": 0}, "steps must be a positive integer, got 0"),
-    ("digits", {"classes": 10}, "preset 'digits' does not take classes"),
-    ("digits", {"samples": 2000}, "samples must be at most 1797"),
-    ("gpt", {"loss": "mse"}, "preset 'gpt' does not take loss; it takes steps, snapshots, samples, seed, partition"),
-    ("gpt", {"partition": "rows"}, "partition must be one of 'head', 'row', 'token', got 'rows', did you mean 'row'"),
+    ("clusters", {"classes": 1}, "--classes must be at least 2, got 1"),
+    ("clusters", {"loss": "cross-entropy"}, "--loss must be one of .*did you mean 'cross_entropy'"),
+    ("clusters", {"optimizer": "adm"}, "--optimizer must be one of 'adam', 'sgd'"),
+    ("clusters", {"partition": "row"}, "preset 'clusters' does not take --partition; it takes --steps, --snapshots, "),
+    ("clusters", {"snapshots": 1}, "--snapshots must be at least 2"),
+    ("clusters", {"steps": 0}, "--steps must be a positive integer, got 0"),
+    ("digits", {"classes": 10}, "preset 'digits' does not take --classes"),
+    ("digits", {"samples": 2000}, "--samples must be at most 1797"),
+    (
+        "gpt",
+        {"loss": "mse"},
+        "preset 'gpt' does not take --loss; it takes --steps, .*, --seed, --partition, --budget, --out$",
+    ),
+    ("gpt", {"partition": "rows"}, "--partition must be one of 'head', 'row', 'token', got 'rows', did you mean 'row'"),
 ]
 
 
@@ -262,7 +266,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     other = {"classes": 3, "samples": 40, "steps": 2, "snapshots": 2, "loss": "mse", "optimizer": "sgd"}
     with pytest.raises(InputError, match=words):
         choose_dynamics("clusters", other, folder=tmp_path)
-    with pytest.raises(InputError, match="budget must be a share"):
+    with pytest.raises(InputError, match="--budget must be a share"):
         choose_dynamics("clusters", {}, budget=1.5, folder=tmp_path / "new")
 
 

@@ -1,9 +1,8 @@
 """`hesscope track` as a study: its numbers against dense matrices, how it resumes, processes, and what it refuses."""
 
-import os
+import pickle
 import signal
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +16,6 @@ from hesscope.core.errors import DataError, HesscopeError, InputError
 from hesscope.core.result_files import open_tree
 from hesscope.study import track
 from hesscope.study.config import StudyConfig, TrackConfig
-from hesscope.study.processes import run_in_processes
 from hesscope.study.track import describe_track, prepare_track, run_track, track_force, track_results
 from tests.study import user_code
 from tests.study.test_interruptions import start, wait_for
@@ -62,6 +60,11 @@ def prepared(tmp_path, section=None, **keys):
     return prepare_track(StudyConfig(**values, track=TrackConfig(**settings)), tmp_path)
 
 
+def run(tmp_path, section=None, **keys):
+    """Measure what is not; returns how much was found."""
+    return run_track(prepared(tmp_path, section, **keys), QUIET)
+
+
 def tracked(tmp_path, section=None, **keys):
     study = prepared(tmp_path, section, **keys)
     found = run_track(study, QUIET)
@@ -95,11 +98,11 @@ def undisturbed(tmp_path_factory):
     write(folder / "checkpoints")
     trajectory, found = tracked(folder)
     assert found == 0
-    return folder, trajectory
+    return folder, trajectory, trees(folder / "out")
 
 
 def test_numbers_are_those_of_dense_matrices(undisturbed):
-    _, trajectory = undisturbed
+    _, trajectory, _ = undisturbed
     assert trajectory.steps.tolist() == list(STEPS)
     before, first, previous, alternatives = None, None, -1, []
     for snapshot, (step, (state, _)) in zip(trajectory.snapshots, STATES.items(), strict=True):
@@ -136,7 +139,7 @@ def test_numbers_are_those_of_dense_matrices(undisturbed):
 
 
 def test_the_static_and_the_dynamic_part(undisturbed):
-    folder, trajectory = undisturbed
+    folder, trajectory, _ = undisturbed
     force = track_force(prepared(folder, {"threshold": 0.5}), trajectory)
     assert force.threshold == 0.5
     assert force.steps.tolist() == [[0, 100]]
@@ -187,7 +190,7 @@ def test_learning_rates_and_the_stability_limit(tmp_path):
     assert [(each.learning_rate, each.stability_limit) for each in trajectory.snapshots] == [(0.25, 8.0)] * 3
     after = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").glob("step-*.nc"))]
     assert min(after) > max(before)
-    assert tracked(tmp_path, section | {"learning_rate": 0.25})[1] == 3
+    assert run(tmp_path, section | {"learning_rate": 0.25}) == 3
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").glob("step-*.nc"))] == after
     # Groups that differ have no learning rate, and another optimizer's limit is not known.
     for step, (state, optimizer) in states.items():
@@ -210,10 +213,10 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("moment", ["_keep_vectors", "save", "after"])
+@pytest.mark.parametrize("moment", ["_keep_vectors", "save"])  # after a checkpoint: the next test
 def test_a_run_that_is_stopped_twice_equals_an_undisturbed_one(tmp_path, undisturbed, monkeypatch, moment):
-    write(tmp_path / "checkpoints", {step: STATES[step] for step in STEPS[:4]})
-    for after in (2, 1):
+    write(tmp_path / "checkpoints", {step: STATES[step] for step in STEPS[:3]})
+    for after in (1, 1):
         left = [after]
 
         def stopping(function, left=left):
@@ -225,19 +228,16 @@ def test_a_run_that_is_stopped_twice_equals_an_undisturbed_one(tmp_path, undistu
 
             return call
 
+        owner = track.TrackStudy if moment == "save" else track
         with monkeypatch.context() as patch, pytest.raises(KilledError):
-            if moment == "save":
-                patch.setattr(track.TrackStudy, "save", stopping(track.TrackStudy.save))
-            elif moment != "after":
-                patch.setattr(track, moment, stopping(getattr(track, moment)))
-            run_track(prepared(tmp_path), QUIET if moment != "after" else stopping(QUIET))
+            patch.setattr(owner, moment, stopping(getattr(owner, moment)))
+            run(tmp_path)
     study = prepared(tmp_path)
-    assert [each.step for each in study.waiting] == [60]
-    assert run_track(study, QUIET) == 3
-    expected = trees(undisturbed[0] / "out")
-    assert_same(trees(tmp_path / "out"), {name: expected[name] for name in list(expected)[:4]})
+    assert [each.step for each in study.waiting] == [40]
+    assert run_track(study, QUIET) == 2
+    assert_same(trees(tmp_path / "out"), dict(list(undisturbed[2].items())[:3]))
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {f"step-{step:09d}.nc" for step in STEPS[:4]} | {"tracker.json", "eigenvectors-60.pt"}
+    assert names == {f"step-{step:09d}.nc" for step in STEPS[:3]} | {"tracker.json", "eigenvectors-40.pt"}
 
 
 SLOW = """
@@ -250,24 +250,24 @@ run_track(prepared(Path(sys.argv[1])), lambda title, share: time.sleep(0.2))
 
 
 def test_a_killed_run_continues_to_the_same_numbers(tmp_path, undisturbed):
-    write(tmp_path / "checkpoints")
+    write(tmp_path / "checkpoints", {step: STATES[step] for step in STEPS[:3]})
     process = start([sys.executable, "-c", SLOW, str(tmp_path)])
-    wait_for(tmp_path / "out" / "step-000000040.nc", process)
+    wait_for(tmp_path / "out" / "step-000000020.nc", process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert 3 <= tracked(tmp_path)[1] < len(STEPS)
-    assert_same(trees(tmp_path / "out"), trees(undisturbed[0] / "out"))
+    assert run(tmp_path) == 2
+    assert_same(trees(tmp_path / "out"), dict(list(undisturbed[2].items())[:3]))
 
 
 def test_checkpoints_that_come_later_or_change_are_measured(tmp_path, undisturbed):
-    folder = write(tmp_path / "checkpoints", {step: STATES[step] for step in STEPS[:4]})
+    folder = write(tmp_path / "checkpoints", {step: STATES[step] for step in STEPS[:2]})
     section = {"gaps": True}
-    assert tracked(tmp_path, section)[1] == 0
-    write(tmp_path / "checkpoints", {step: STATES[step] for step in STEPS[4:]})
+    assert run(tmp_path, section) == 0
+    write(tmp_path / "checkpoints", {step: STATES[step] for step in STEPS[2:4]})
     study = prepared(tmp_path, section)
-    assert [each.step for each in study.waiting] == [80, 100]
+    assert [each.step for each in study.waiting] == [40, 60]
     run_track(study, QUIET)
-    assert_same(trees(tmp_path / "out"), trees(undisturbed[0] / "out"))
+    assert_same(trees(tmp_path / "out"), dict(list(undisturbed[2].items())[:4]))
     # One that changes is measured again, and so is the one that begins with its eigenvectors.
     other = {name: 1.1 * tensor for name, tensor in STATES[40][0].items()}
     torch.save(other, folder / "step-40.pt")
@@ -285,17 +285,17 @@ def test_checkpoints_that_come_later_or_change_are_measured(tmp_path, undisturbe
     (tmp_path / "out" / "step-000000000.nc").write_bytes(b"nonsense")
     assert [each.step for each in prepared(tmp_path, section).waiting] == [0]
     alone = {"measures": ["energies"]}
-    assert tracked(tmp_path, alone, output="energies")[1] == 0
+    assert run(tmp_path, alone, output="energies") == 0
     write(folder, {40: STATES[40]})
     assert [each.step for each in prepared(tmp_path, alone, output="energies").waiting] == [40]
     # Its eigenvectors are those of another, wherever the next one would begin.
-    assert (tmp_path / "out" / "eigenvectors-100.pt").exists()
-    torch.save(other, folder / "step-100.pt")
+    assert (tmp_path / "out" / "eigenvectors-60.pt").exists()
+    torch.save(other, folder / "step-60.pt")
     track._take_up(prepared(tmp_path, section))
-    assert not (tmp_path / "out" / "eigenvectors-100.pt").exists()
+    assert not (tmp_path / "out" / "eigenvectors-60.pt").exists()
     # One that has gone would leave numbers of nothing.
-    (folder / "step-80.pt").unlink()
-    with pytest.raises(InputError, match=r"has step 80, whose checkpoint is not in .*: put it back there, or use"):
+    (folder / "step-20.pt").unlink()
+    with pytest.raises(InputError, match=r"has step 20, whose checkpoint is not in .*: put it back there, or use"):
         prepared(tmp_path, section)
 
 
@@ -303,14 +303,24 @@ def test_checkpoints_that_come_later_or_change_are_measured(tmp_path, undisturbe
 
 
 def test_processes_agree_with_one(tmp_path, undisturbed, monkeypatch):
+    """The shares, each as a process would do it; tests of processes themselves, and of the command, start some."""
     write(tmp_path / "checkpoints")
-    monkeypatch.setattr(track, "measure_checkpoints", None)  # not in this process
-    told = []
+    told, shares, threads = [], [], []
+
+    def one_after_another(function, arguments, watch):
+        for each in reversed(arguments):  # the second share is begun when nothing of the first is there
+            config, base, steps, number = pickle.loads(pickle.dumps(each))
+            shares.append(steps)
+            threads.append(number)
+            function(config, base, steps, torch.get_num_threads())
+            watch()
+
+    monkeypatch.setattr(track, "run_in_processes", one_after_another)
     study = prepared(tmp_path, {"processes": 2})
     assert run_track(study, lambda title, share: told.append((title, share))) == 0
-    assert told[0] == ("0 of 6 checkpoints", 0.0)
-    assert told[-1] == ("done", 1.0)
-    assert [share for _, share in told] == sorted(share for _, share in told)
+    assert shares == [[60, 80, 100], [0, 20, 40]]
+    assert threads == [max(1, torch.get_num_threads() // 2)] * 2
+    assert told == [("0 of 6 checkpoints", 0), ("3 of 6 checkpoints", 0.5), ("6 of 6 checkpoints", 1), ("done", 1)]
     trajectory = track_results(study)
     assert trajectory.steps.tolist() == list(STEPS)
     for own, other in zip(trajectory.snapshots, undisturbed[1].snapshots, strict=True):
@@ -323,74 +333,14 @@ def test_processes_agree_with_one(tmp_path, undisturbed, monkeypatch):
     assert prepared(tmp_path).waiting == ()
 
 
-def test_what_a_process_raises_is_raised_here(tmp_path):
+def test_what_goes_wrong_names_the_checkpoint(tmp_path):
     folder = write(tmp_path / "checkpoints")
     torch.save({name: tensor * np.nan for name, tensor in STATES[80][0].items()}, folder / "step-80.pt")
-    study = prepared(tmp_path, {"measures": ["energies"]})
+    config = prepared(tmp_path, {"measures": ["energies"]}).config
     with pytest.raises(DataError, match=r"step 80 \(.*step-80.pt\): the loss is nan") as caught:
-        run_in_processes(track._measure_in_process, [(study.config, tmp_path, [60, 80, 100], 1)], lambda: None)
+        track._measure_in_process(config, tmp_path, [60, 80, 100], torch.get_num_threads())
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["step-000000060.nc"]
-
-
-def end_by(number):
-    signal.raise_signal(number)
-
-
-def note_and_sleep(path):
-    ignores = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    path.with_suffix(".part").write_text(f"{os.getpid()} {ignores}")
-    path.with_suffix(".part").rename(path)
-    time.sleep(60)
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def test_processes_end_at_once(tmp_path):
-    """Ctrl-C comes, and one is killed: nobody is left, and nobody waits."""
-    place = tmp_path / "one"
-    begun = []
-
-    def interrupt_when_running():
-        if place.exists():
-            begun.append(time.monotonic())
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_in_processes(note_and_sleep, [(place,)], interrupt_when_running)
-    assert time.monotonic() - begun[0] < 2
-    assert not alive(int(place.read_text().split()[0]))
-    with pytest.raises(HesscopeError, match=r"a process was killed by signal 9 \(for lack of memory\?\)"):
-        run_in_processes(end_by, [(signal.SIGKILL,)], lambda: None)
-
-
-PARENT = """
-import sys
-from pathlib import Path
-from hesscope.study.processes import run_in_processes
-from tests.study.test_track import note_and_sleep
-run_in_processes(note_and_sleep, [(Path(sys.argv[1]),)], lambda: None)
-"""
-
-
-def test_processes_leave_ctrl_c_to_their_parent_and_end_with_it(tmp_path):
-    place = tmp_path / "one"
-    process = start([sys.executable, "-c", PARENT, str(place)])
-    wait_for(place, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    pid, ignores = place.read_text().split()
-    assert ignores == "True"  # Ctrl-C, which a terminal sends to all: the parent ends them, without a word of theirs
-    deadline = time.monotonic() + 5
-    while alive(int(pid)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -444,7 +394,7 @@ def test_all_checkpoints_must_fit_the_model(tmp_path, monkeypatch):
 def test_a_folder_of_another_study(tmp_path):
     write(tmp_path / "checkpoints", {step: STATES[step] for step in (0, 20)})
     quick = {"measures": ["energies"]}
-    tracked(tmp_path, quick)
+    run(tmp_path, quick)
     there = f"{tmp_path / 'out'} holds the trajectory of another study: there"
     arguments = {"model_arguments": {"width": 6}}
     refused(
@@ -475,7 +425,7 @@ def test_code_that_has_changed_is_seen_by_the_loss(tmp_path, monkeypatch):
     loss = f"{USERS}:scaled_loss"
     trajectory, _ = tracked(tmp_path, asked, loss=loss)
     assert trajectory.snapshots[0].parts == ("H",)  # a callable has no Gauss-Newton matrix
-    assert tracked(tmp_path, asked, loss=loss)[1] == 2
+    assert run(tmp_path, asked, loss=loss) == 2
     monkeypatch.setattr(user_code, "FACTOR", 2.0)
     study = prepared(tmp_path, asked, loss=loss)
     with pytest.raises(
@@ -484,12 +434,43 @@ def test_code_that_has_changed_is_seen_by_the_loss(tmp_path, monkeypatch):
         run_track(study, QUIET)
 
 
+ENERGIES = {"measures": ["energies"]}
+LOSSES = [objective_at(state).value() for state, _ in STATES.values()]
+
+
+def test_an_optimum_above_a_loss_is_refused_before_any_work(tmp_path, monkeypatch):
+    write(tmp_path / "checkpoints", {step: STATES[step] for step in STEPS[:2]})
+    high = ENERGIES | {"optimum": (LOSSES[0] + LOSSES[1]) / 2}
+    told = []
+    words = f"track.optimum must be a number that no loss is below, got .*; the loss at step 20 is {LOSSES[1]:.6g}"
+    with pytest.raises(InputError, match=f"{words}$"):
+        run_track(prepared(tmp_path, high), lambda title, share: told.append(title))
+    assert told == ["loss of checkpoint 1 of 2", "loss of checkpoint 2 of 2"]
+    assert not (tmp_path / "out").exists()
+    # Nothing is lost where the snapshots are there; one that is new is looked at before it is measured.
+    assert run(tmp_path, ENERGIES | {"optimum": 0.999 * LOSSES[1]}) == 0
+    with pytest.raises(InputError, match=f"{words}; what was measured before is kept in {tmp_path / 'out'}$"):
+        run(tmp_path, high)
+    write(tmp_path / "checkpoints", {40: STATES[40]})
+    with pytest.raises(InputError, match=r"the loss at step 40 is .*; what was measured before is kept"):
+        run(tmp_path, ENERGIES | {"optimum": 0.999 * LOSSES[1]})
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nc")) == [f"step-{step:09d}.nc" for step in (0, 20)]
+    # Without energies there is no use for it, and cross-entropy is never negative, but a loss of one's own may be.
+    assert run(tmp_path, {"measures": ["trace"], "optimum": 9.0}, output="traces") == 0
+    monkeypatch.setattr(user_code, "FACTOR", -1.0)
+    with pytest.raises(InputError, match=r"got 0; the loss at step 0 is -"):
+        run(tmp_path, ENERGIES, output="negative", loss=f"{USERS}:scaled_loss")
+    assert not (tmp_path / "negative").exists()
+
+
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_in_words(tmp_path, undisturbed):
+def test_the_plan_in_words(tmp_path, undisturbed, monkeypatch):
     lines = dict(describe_track(prepared(undisturbed[0], {"learning_rate": 0.1, "processes": 2})))
-    assert lines["steps"] == f"0 to 100, 6 checkpoints in {undisturbed[0] / 'checkpoints'}; 0 of them to be measured"
+    assert lines["steps"] == f"0 to 100, 6 checkpoints in {undisturbed[0] / 'checkpoints'}"
+    assert lines["time"] == "everything is measured; only the page is written again"
+    assert "processes" not in lines
     assert lines["partition"] == "row: 9 blocks"
     assert lines["measures"] == "energies, eigenvalues"
     assert lines["rate"] == "learning rate 0.1"
@@ -497,7 +478,22 @@ def test_the_plan_in_words(tmp_path, undisturbed):
     section = {"processes": 2, "measures": ["trace", "density"]}
     lines = dict(describe_track(prepared(tmp_path, section)))
     assert lines["steps"] == f"0 to 100, 6 checkpoints in {tmp_path / 'checkpoints'}"
-    assert lines["time"].startswith("about a second for 6 checkpoints in 2 processes (the Hessian made once for each, ")
+    words = "about a second to measure 6 checkpoints in 2 processes, start-up and page apart (the Hessian made once for"
+    assert lines["time"].startswith(words)
+    assert lines["processes"] == "more than 1 may not pay: each takes seconds to load PyTorch and the study"
     assert "partition" not in lines
     lines = dict(describe_track(prepared(tmp_path, section, loss=f"{USERS}:sum_loss")))
     assert "(360 products of " in lines["time"]  # 200 for the trace, 4 x 40 for the density
+    monkeypatch.setattr(track, "_cost", lambda study: (11.0, "slow"))
+    assert "processes" not in dict(describe_track(prepared(tmp_path, section)))
+    # One checkpoint, and one that is left of two.
+    write(tmp_path / "one", {20: STATES[20]})
+    study = prepared(tmp_path, ENERGIES | {"checkpoints": "one"}, output="single")
+    lines, told = dict(describe_track(study)), []
+    assert lines["steps"] == f"20, 1 checkpoint in {tmp_path / 'one'}"
+    assert lines["time"] == "about 11 s to measure 1 checkpoint, start-up and page apart (slow)"
+    run_track(study, lambda title, share: told.append(title))
+    assert told == ["0 of 1 checkpoint", "1 of 1 checkpoint", "done"]
+    write(tmp_path / "one", {40: STATES[40]})
+    lines = dict(describe_track(prepared(tmp_path, ENERGIES | {"checkpoints": "one"}, output="single")))
+    assert lines["steps"] == f"20 to 40, 2 checkpoints in {tmp_path / 'one'}; 1 of them to be measured"

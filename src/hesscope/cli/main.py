@@ -38,6 +38,9 @@ Prepared = TypeVar("Prepared", bound=InFolder)
 Study = Annotated[Path | None, typer.Argument(metavar="STUDY.toml", help="What to measure.")]
 Example = Annotated[bool, typer.Option("--example", help="Print a commented STUDY.toml and stop.")]
 
+# Said before the tables and figures of a trajectory, which take seconds.
+WRITING = "writing the page ..."
+
 # Parameters whose cuts are printed; all are in advice.json.
 CUTS_SHOWN = 12
 
@@ -197,7 +200,9 @@ def track(study: Study = None, example: Example = False) -> None:
 
     prepared = prepare_track(read_config(path), path.parent)
     _carry_out(prepared, describe_track, run_track)
-    from hesscope.report.dynamics_page import dynamics_headline, dynamics_table, force_table, write_dynamics_page
+    print(WRITING, flush=True)
+    from hesscope.report.dynamics_page import write_dynamics_page
+    from hesscope.report.dynamics_words import dynamics_headline, dynamics_table, force_table
 
     trajectory = track_results(prepared)
     force = track_force(prepared, trajectory)
@@ -245,7 +250,9 @@ def dynamics(
     chosen |= {"steps": steps, "snapshots": snapshots, "samples": samples}
     run = choose_dynamics(preset, chosen, seed, budget, out)
     _carry_out(run, describe_dynamics, run_dynamics)
-    from hesscope.report.dynamics_page import dynamics_headline, dynamics_table, force_table, write_dynamics_page
+    print(WRITING, flush=True)
+    from hesscope.report.dynamics_page import write_dynamics_page
+    from hesscope.report.dynamics_words import dynamics_headline, dynamics_table, force_table
 
     trajectory, force = dynamics_results(run)
     tables = [dynamics_table(trajectory), *([] if force is None else [force_table(force)]), static_table(run)]
@@ -398,9 +405,9 @@ def head(
 def _study_path(command: str, study: Path | None, example: bool) -> Path:
     """The STUDY.toml that was given; if the example was asked for, prints that and ends the command."""
     if example:
-        from hesscope.study.config import EXAMPLE
+        from hesscope.study.config import example_study
 
-        print(EXAMPLE, end="")
+        print(example_study(command), end="")
         raise typer.Exit
     if study is None:
         raise InputError(f"{command} needs a STUDY.toml (hesscope {command} --example prints one to start from)")

@@ -34,6 +34,8 @@ ALL_PAIRS = "all"
 # Shares and ratios of order 1 whose standard error is smaller are exact but for rounding; it is not shown.
 ROUNDING = 1e-12
 ALL_BLOCKS, BETWEEN_LAYERS = "all blocks", "between layers"
+# In tables, what has no value.
+UNKNOWN = "–"
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,42 +155,49 @@ class DynamicForce:
         )
 
     def table(self) -> list[dict[str, str]]:
-        """Rows of words: quantity, both ends, static and dynamic part, and the step that passes the threshold."""
+        """Rows of words: quantity, both ends, static and dynamic part, and the step that passes the threshold.
+
+        What has no value at either end (the off-diagonal ratio of a layer whose blocks differ in size) has no row.
+        """
         passes = f"passes {self.threshold:g} at step"
+        names = {ALL_BLOCKS: "all blocks", BETWEEN_LAYERS: "between layers"}
+        names |= {f"within {layer}": f"within {layer_words(layer)}" for layer in self.layers}
         rows = []
         for number, quantity in enumerate(self.quantities):
             own = self._ends("diagonality", number)
             parts = {part: self._cell(part, number) for part in ("static", "dynamic")}
             name = {ALL_BLOCKS: "diagonality", BETWEEN_LAYERS: "share within layers"}.get(
-                quantity, f"diagonality {quantity}"
+                quantity, f"diagonality {names[quantity]}"
             )
             rows.append({"quantity": name, **own, **parts, passes: self._passing(number)})
         for number, quantity in enumerate(self.quantities):
-            similar = f"{self._cell('similarity', number)} (chance {self._cell('chance_similarity', number)})"
-            rows.append({"quantity": f"cosine with the initial energies, {quantity}", "end": similar})
+            found, chance = (self._cell(name, number) for name in ("similarity", "chance_similarity"))
+            similar = UNKNOWN if found == UNKNOWN else f"{found} (chance {chance})"
+            rows.append({"quantity": f"cosine with the initial energies, {names[quantity]}", "end": similar})
         for number, layer in enumerate(self.layers):
-            rows.append({"quantity": f"off-diagonal ratio of {layer}", **self._ends("off_diagonal_ratio", number)})
+            ends = self._ends("off_diagonal_ratio", number)
+            rows.append({"quantity": f"off-diagonal ratio of {layer_words(layer)}", **ends})
         rows.append({"quantity": "cross-layer share", **self._ends("cross_layer_share")})
-        if np.isfinite(self.residual_share).any():
-            everything = self.pairs.index(ALL_PAIRS)
-            rows.append({"quantity": "residual share of it", **self._ends("residual_share", everything)})
+        rows.append({"quantity": "residual share of it", **self._ends("residual_share", self.pairs.index(ALL_PAIRS))})
         columns = ("quantity", *ENDS, "static", "dynamic", passes)
-        return [{column: row.get(column, "") for column in columns} for row in rows]
+        known = [row for row in rows if any(row.get(end, UNKNOWN) != UNKNOWN for end in ENDS)]
+        return [{column: row.get(column, "") for column in columns} for row in known]
 
     def pair_table(self) -> list[dict[str, str]]:
         """Rows of words, one for each pair of layers: the residual's share at both ends, exponents with intervals."""
         rows = []
+        words = {pair_name(*pair): pair_words(*pair) for pair in combinations(self.layers, 2)}
         matrices = [matrix for matrix in self.matrices if matrix != "H"] or ["H"]
         for number, pair in enumerate(self.pairs):
             if pair == ALL_PAIRS and len(self.pairs) == 2:
                 continue  # of two layers it is the only pair
-            row = {"layers": pair}
+            row = {"layers": words.get(pair, pair)}
             shares = self._ends("residual_share", number)
             row |= {f"residual share, {end}": shares[end] for end in ENDS}
-            for over, words in zip(OVER, ("L - optimum", "squared residual"), strict=True):
+            for over, what in zip(OVER, ("L - optimum", "squared residual"), strict=True):
                 for matrix in matrices:
                     entry = self.matrices.index(matrix), number, OVER.index(over)
-                    row[f"{matrix} over {words}"] = _interval(
+                    row[f"{matrix} over {what}"] = _interval(
                         *(array[entry] for array in (self.exponents, self.exponents_low, self.exponents_high))
                     )
             rows.append(row)
@@ -357,6 +366,21 @@ def pair_name(first: str, second: str) -> str:
     return f"{first} x {second}"
 
 
+def layer_words(layer: str) -> str:
+    """A layer as tables and figures name it: 'layer 0' for a bare number, as in a Sequential, else its name."""
+    return f"layer {layer}" if layer.isdecimal() else layer
+
+
+def pair_words(first: str, second: str) -> str:
+    """The block of two layers as tables and figures name it."""
+    return f"{layer_words(first)} × {layer_words(second)}"
+
+
+def with_minus(written: str) -> str:
+    """A number as it was written, with a minus sign in place of the hyphen before it."""
+    return written.replace("-", "−", 1) if written.startswith("-") else written
+
+
 def _measured(trajectories: Sequence[Trajectory]) -> list[list[Snapshot]]:
     """The snapshots that have energies, run by run; raises InputError unless all are of the same blocks."""
     if not trajectories:
@@ -471,9 +495,12 @@ def _provenance(runs: Sequence[Sequence[Snapshot]]) -> Provenance:
 
 def _number(value: float, stderr: float) -> str:
     if not np.isfinite(value):
-        return "–"
-    return f"{value:.3g}" + (f" ± {stderr:.1g}" if stderr > ROUNDING else "")
+        return UNKNOWN
+    return with_minus(f"{value:.3g}") + (f" ± {stderr:.1g}" if stderr > ROUNDING else "")
 
 
 def _interval(value: float, low: float, high: float) -> str:
-    return f"{value:.2f} ({low:.2f} to {high:.2f})" if np.isfinite(value) else "–"
+    if not np.isfinite(value):
+        return UNKNOWN
+    middle, *ends = (with_minus(f"{each:.2f}") for each in (value, low, high))
+    return f"{middle} ({' to '.join(ends)})"

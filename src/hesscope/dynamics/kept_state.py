@@ -5,6 +5,7 @@ With a folder all of it lies there, so that a killed run can go on; else in memo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,28 +27,38 @@ class KeptState:
         waiting: by step, what is due and has not been measured yet.
     """
 
-    def __init__(self, folder: Path | None, adaptive: bool) -> None:
-        self._folder, self._adaptive = folder, adaptive
+    def __init__(self, folder: Path | None, names: Sequence[str] | None) -> None:
+        self._folder, self._names = (
+            folder,
+            names,
+        )  # names of the parameters whose movement counts, if steps are adaptive
         self.waiting: dict[int, Moment] = {}
         self._states: dict[int, dict[str, Tensor]] = {}  # of the steps that wait, without a folder
         self._before = Before()
         self._place: Tensor | None = None  # [P] the parameters at the last step that was due, if steps are adaptive
 
-    def take_up(self, last: int) -> None:
-        """Go on from a folder whose last snapshot is that of the step `last`, -1 if there is none."""
+    def take_up(self, last: int) -> tuple[float, float]:
+        """Go on from a folder whose last snapshot is that of the step `last`, -1 if there is none.
+
+        Returns:
+            Seconds of training and of measuring until then.
+        """
         assert self._folder is not None
+        seconds = (0.0, 0.0)
         if self._path(KEPT, last).exists():
             content = _load(self._path(KEPT, last))
             self._before, self._place = Before(last, content["vectors"]), content["place"]
+            seconds = (content["trained"], content["spent"])
         for path in self._folder.glob(f"{WAITING}*.pt"):
             moment = Moment(**_load(path)["moment"])
             if moment.step <= last:
                 path.unlink()  # measured, but killed before this was deleted
             else:
                 self.waiting[moment.step] = moment
-        if self.waiting and self._adaptive:
-            content = _load(self._path(WAITING, max(self.waiting)))
-            self._place = torch.cat([content["state"][name].reshape(-1) for name in content["trained"]])
+        if self.waiting and self._names is not None:
+            state = _load(self._path(WAITING, max(self.waiting)))["state"]
+            self._place = torch.cat([state[name].reshape(-1) for name in self._names])
+        return seconds
 
     # --- between snapshots --------------------------------------------------------------------------------------------
 
@@ -56,18 +67,21 @@ class KeptState:
         vectors = self._before.vectors
         return self._before if vectors is None else Before(self._before.step, vectors.to(device))
 
-    def save(self, step: int, vectors: Tensor | None, model: nn.Module | None) -> None:
+    def save(self, step: int, vectors: Tensor | None, model: nn.Module | None, trained: float, spent: float) -> None:
         """Keep what the next step needs of this one, beside the file of the one before, whose snapshot is the last one.
 
-        model: where movement is measured from now on; None if this step had waited, and movement is beyond it.
+        Args:
+            vectors: top eigenvectors [P, k].
+            model: where movement is measured from now on; None if this step had waited, and movement is beyond it.
+            trained, spent: seconds of training and of measuring so far.
         """
         self._before = Before(step, vectors)
-        if self._adaptive and model is not None:
-            self._place = _flat(model)
-        if self._folder is not None and (vectors is not None or self._adaptive):
+        if model is not None:
+            self._remember(model)
+        if self._folder is not None:
             content = {"vectors": vectors, "place": self._place}
             on_cpu = {name: tensor if tensor is None else tensor.cpu() for name, tensor in content.items()}
-            _save(self._path(KEPT, step), on_cpu)
+            _save(self._path(KEPT, step), {**on_cpu, "trained": trained, "spent": spent})
 
     def forget_all_but(self, step: int) -> None:
         """Delete what was kept of other steps: this one's snapshot is written."""
@@ -80,24 +94,22 @@ class KeptState:
         """Distance of the parameters from where they were last due, over their norm there; inf at first."""
         if self._place is None:
             return float("inf")
-        here = _flat(model)
+        here = self._flat(model)
         place = self._place.to(here.device)
-        length, distance = float(place.norm()), float((here - place).norm())
+        length, distance = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (place, here - place))
         return distance / length if length > 0 else (float("inf") if distance > 0 else 0.0)
 
     # --- steps that wait ----------------------------------------------------------------------------------------------
 
     def put(self, moment: Moment, model: nn.Module) -> None:
         """Copy the model's parameters and buffers, to be measured later."""
-        state = {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        if self._adaptive:
-            self._place = _flat(model)
+        own = (*model.named_parameters(), *model.named_buffers())
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in own}
+        self._remember(model)
         if self._folder is None:
             self._states[moment.step] = state
         else:
-            cpu = {name: tensor.cpu() for name, tensor in state.items()}
-            trained = [name for name, p in model.named_parameters() if p.requires_grad]
-            _save(self._path(WAITING, moment.step), {"moment": asdict(moment), "state": cpu, "trained": trained})
+            _save(self._path(WAITING, moment.step), {"moment": asdict(moment), "state": state})
         self.waiting[moment.step] = moment
 
     def get(self, step: int) -> tuple[Moment, dict[str, Tensor]]:
@@ -114,14 +126,20 @@ class KeptState:
         else:
             self._path(WAITING, step).unlink(missing_ok=True)
 
+    def _remember(self, model: nn.Module) -> None:
+        """Measure movement from here."""
+        if self._names is not None:
+            self._place = self._flat(model)
+
+    def _flat(self, model: nn.Module) -> Tensor:
+        """A copy of the parameters whose movement counts [P]."""
+        assert self._names is not None
+        own = dict(model.named_parameters())
+        return torch.cat([own[name].detach().reshape(-1) for name in self._names])
+
     def _path(self, kind: str, step: int) -> Path:
         assert self._folder is not None
         return self._folder / f"{kind}{step}.pt"
-
-
-def _flat(model: nn.Module) -> Tensor:
-    """A copy of all trainable parameters [P]."""
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:

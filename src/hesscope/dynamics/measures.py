@@ -17,7 +17,7 @@ from hesscope.dynamics.first_order import first_order
 from hesscope.dynamics.snapshot import UNKNOWN, EndEigenvalues, HeatMap, Snapshot
 from hesscope.dynamics.turned import Turned
 from hesscope.dynamics.whole import DENSE_SIZE, Whole, whole
-from hesscope.estimate.block_energies import DUAL, METHODS, block_energies
+from hesscope.estimate.block_energies import DUAL, EXACT_SIZE, METHODS, block_energies
 from hesscope.estimate.block_spectra import block_spectra
 from hesscope.estimate.eigenpairs import top_eigenpairs
 from hesscope.estimate.energies import SplitEnergies
@@ -27,7 +27,7 @@ from hesscope.estimate.split import split_energies
 from hesscope.estimate.trace import trace
 from hesscope.objective import Objective
 from hesscope.objective.losses import OutputLoss
-from hesscope.operators import GaussNewton, Hessian, Operator, as_operator
+from hesscope.operators import GaussNewton, Hessian, Operator
 from hesscope.partition import Partition
 
 # Spectra of more blocks than this are not compared pair by pair.
@@ -62,6 +62,8 @@ class Eigenvalues:
     def __post_init__(self) -> None:
         require_positive_int("k", self.k)
         require_positive_int("smallest", self.smallest)
+        if not 0 < self.rtol < 1:
+            raise InputError(f"rtol must lie between 0 and 1, got {self.rtol!r}")
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,8 @@ def measure(
     first = first_order(objective)
     seconds = {"first order": time.perf_counter() - start}
     start = time.perf_counter()
-    # Energies alone are made strip by strip, without the matrix.
-    known = whole(objective) if set(measures) - {"energies"} else None
-    hessian = Hessian(objective) if known is None else as_operator(known.matrices["H"])
+    known = _whole(objective, measures)
+    hessian = Hessian(objective) if known is None else known.hessian
     seconds |= {} if known is None else {"matrix": time.perf_counter() - start}
     found: dict[str, Any] = dict.fromkeys(MEASURES)
     vectors = None
@@ -215,7 +216,7 @@ def measure(
     snapshot = Snapshot(
         step=moment.step,
         value=first.value,
-        gradient_norm=float(first.gradient.norm()),
+        gradient_norm=float(torch.linalg.vector_norm(first.gradient, dtype=torch.float64)),
         mean_squared_residual=first.mean_squared_residual,
         accuracy=first.accuracy,
         learning_rate=moment.learning_rate,
@@ -237,10 +238,33 @@ def layers_of_blocks(partition: Partition) -> tuple[str, ...]:
     return tuple(layer_of[label] for label in partition.labels)
 
 
+def _whole(objective: Objective, measures: Mapping[str, Measure]) -> Whole | None:
+    """The matrix, where that is less work than what the measures would do one by one.
+
+    Energies alone are made strip by strip, without it.
+    """
+    if set(measures) <= {"energies"} or objective.parameters.size > DENSE_SIZE:
+        return None
+    asked = measures.get("energies")
+    exact = isinstance(asked, Energies) and _is_exact(objective, asked)
+    if exact or "heatmap" in measures or Hessian(objective).has_closed_form:
+        return whole(objective, split=exact)
+    return None
+
+
+def _is_exact(objective: Objective, asked: Energies) -> bool:
+    """Whether energies are those of the whole matrix, or of the closed form that makes it."""
+    if asked.probes is not None or asked.method not in ("auto", "exact", "closed_form"):
+        return False
+    if Hessian(objective).has_closed_form:
+        return True
+    return asked.method == "exact" or (asked.method == "auto" and objective.parameters.size <= EXACT_SIZE)
+
+
 def _energies(
     objective: Objective, partition: Partition, asked: Energies, seed: int, known: Whole | None
 ) -> SplitEnergies:
-    if known is not None and asked.method in ("auto", "closed_form") and asked.probes is None:
+    if known is not None and _is_exact(objective, asked):
         return known.energies(partition)
     if asked.method == DUAL:
         return SplitEnergies({"G": block_energies(GaussNewton(objective), partition, DUAL, asked.probes, seed=seed)})
@@ -258,8 +282,9 @@ def _eigenvalues(
     # One pair more than wanted: beside a dense bulk a search for a single one may settle on its neighbour.
     j = min(asked.smallest, hessian.shape[0])
     bottom = top_eigenpairs(Turned(hessian, sigma), min(j + 1, hessian.shape[0]), "LA", rtol=asked.rtol, seed=seed)
-    V, length = top.vectors, float(gradient.norm())
-    along = float((V.T @ (gradient / length).to(V)).square().sum()) if length > 0 else UNKNOWN
+    # In float64, where squares neither overflow nor vanish.
+    V, length = top.vectors, float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    along = float((V.T @ (gradient.double() / length).to(V)).square().sum()) if length > 0 else UNKNOWN
     aligned = UNKNOWN if start is None else float((start.to(V).T @ V).square().sum() / start.shape[1])
     return (
         EndEigenvalues(
@@ -272,6 +297,7 @@ def _eigenvalues(
             aligned_with=-1 if start is None else before.step,
             products=top.products + bottom.products,
             converged=bool(top.converged.all() and bottom.converged[:j].all()),
+            overlooked=max(top.overlooked, bottom.overlooked),
         ),
         V,
     )
@@ -304,7 +330,7 @@ def _heterogeneity(hessian: Operator, partition: Partition, asked: Heterogeneity
 
 def _heatmap(hessian: Operator, objective: Objective, asked: Heatmap) -> HeatMap:
     """Root mean squares over squares of entries: where entries were skipped, thin stripes would be lost."""
-    H = hessian.dense()
+    H = hessian.dense().double()  # squares of small numbers vanish in float32
     size = H.shape[0]
     side = -(-size // asked.pixels)
     pixels = -(-size // side)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from hesscope.core.errors import InputError
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Measure whenever the parameters have moved by `change` times their norm since they were last measured.
+    """Measure whenever the parameters have moved by `change` times their norm since the last step that was due.
 
     Often at the beginning, when everything moves, and seldom once it has settled, whatever the number of steps. Takes
     one pass over the parameters a step, and a copy of them.
@@ -25,7 +25,7 @@ class Adaptive:
     change: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.change > 0:
+        if not (isinstance(self.change, int | float) and self.change > 0):
             raise InputError(f"change must be positive, got {self.change!r}")
 
 
@@ -49,7 +49,7 @@ def log_spaced(last: int, count: int = 20) -> tuple[int, ...]:
     return tuple(int(step) for step in np.minimum(wanted, last))
 
 
-def checked_schedule(at: Schedule) -> Schedule:
+def checked_schedule(at: Any) -> Schedule:
     """The schedule, listed steps as a tuple.
 
     Raises:
@@ -57,9 +57,9 @@ def checked_schedule(at: Schedule) -> Schedule:
     """
     if isinstance(at, Adaptive):
         return at
-    if isinstance(at, int):
+    if isinstance(at, Integral):
         require_positive_int("at", at)
-        return at
+        return int(at)
     if not isinstance(at, tuple | list | range | np.ndarray):
         raise InputError(f"at must be a list of steps, a number of steps between two, or Adaptive(), got {at!r}")
     steps = list(at)

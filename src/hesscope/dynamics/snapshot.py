@@ -33,6 +33,7 @@ class EndEigenvalues:
         alignment: ||V^T V'||_F^2 / k with the top eigenvectors V' at the step `aligned_with`, in [0, 1]; nan and -1 if
             there are none.
         products: with the Hessian; converged: whether all residuals are within the tolerance.
+        overlooked: bound on the probability that a further copy of an eigenvalue belongs among these.
     """
 
     largest: Array
@@ -44,6 +45,7 @@ class EndEigenvalues:
     aligned_with: int
     products: int
     converged: bool
+    overlooked: float = 0.0
 
     def to_xarray(self) -> xr.Dataset:
         """Data set with dimensions top and bottom; `from_xarray` reads it back."""
@@ -63,6 +65,7 @@ class EndEigenvalues:
                 "aligned_with": self.aligned_with,
                 "products": self.products,
                 "converged": int(self.converged),
+                "overlooked": self.overlooked,
             },
         )
 
@@ -80,6 +83,7 @@ class EndEigenvalues:
             aligned_with=int(dataset.attrs["aligned_with"]),
             products=int(dataset.attrs["products"]),
             converged=bool(dataset.attrs["converged"]),
+            overlooked=float(dataset.attrs["overlooked"]),
         )
 
 
@@ -190,6 +194,10 @@ class Snapshot:
         for label, layer in zip(energies.labels, self.layers, strict=True):
             groups.setdefault(layer, []).append(label)
         return energies.aggregate(groups)
+
+    def diagonality(self, part: str = "H") -> float:
+        """Share of the energy in the diagonal blocks, in [0, 1]; nan for a zero matrix."""
+        return self.block_energies(part).diagonality
 
     def cross_layer_share(self, part: str = "H") -> float:
         """Share of the energy that lies between different layers, in [0, 1]; nan for a zero matrix."""

@@ -38,8 +38,11 @@ ADAPTIVE = Adaptive()
 # Without a partition: rows, if there are no more than these.
 ROWS_BY_DEFAULT = 512
 
-# So many snapshots in a row of a model that does not move are an error, not a learning rate that warms up.
+# So many snapshots of a model that has never moved are an error, not a learning rate that begins at zero.
 UNMOVED = 3
+
+# Steps that may wait at a time: each is a copy of the parameters, which takes time and space as well.
+MOST_WAITING = 32
 
 # A resumed run passes through steps that were measured before: their losses must agree so well.
 SAME_LOSS = 1e-3
@@ -49,18 +52,19 @@ class Tracker:
     """Measures an objective at chosen steps of the training of its model.
 
         tracker = Tracker(objective, partition, at=log_spaced(1000), folder="out/run")
-        for step in range(1001):
+        for step in range(1000):
             tracker(step)
             ...  # one update
-        trajectory = tracker.finish()
+        trajectory = tracker.finish(1000)
 
     Training is not touched: weights, gradients, buffers, modes and random states are bit for bit as without a tracker.
     With a `folder`, every snapshot is a file there the moment it exists, and a run that was killed goes on where it
-    stopped: the same tracker on the same folder measures what is missing and passes over what is there.
+    stopped: the same tracker on the same folder passes over all steps up to the last one that is there.
 
     With a `budget`, a step that is due and not affordable yet waits: its parameters are copied (into the folder, if
-    there is one) and measured as soon as the time spent so far, and once more what the last snapshot took for the end,
-    stay within the budget. What cannot be afforded by the end is left out, and the trajectory says so.
+    there is one, else on the CPU; of 32 steps at most) and measured as soon as the time spent so far, and once more
+    what the last snapshot took for the end, stay within the budget. What cannot be afforded by the end is left out, and
+    the trajectory says so. The first snapshot, which tells what one costs, and the last are taken in any case.
 
     Args:
         objective: the model that is being trained, a loss, and the data to measure on, which need not be that of the
@@ -77,7 +81,8 @@ class Tracker:
 
     Raises:
         InputError: steps that do not increase, an unknown measure, a budget outside (0, 1], an optimizer of another
-            model, a folder that holds another trajectory (both are named).
+            model, something that is no optimizer, function or seed, a folder that is a file or holds another
+            trajectory (both are named).
         PartitionError: the partition does not fit the objective.
     """
 
@@ -95,8 +100,12 @@ class Tracker:
     ) -> None:
         if not isinstance(objective, Objective):
             raise InputError(f"objective must be a hesscope.Objective, got {type(objective).__name__}")
-        if budget is not None and not 0 < budget <= 1:
+        if budget is not None and not (isinstance(budget, int | float) and 0 < budget <= 1):
             raise InputError(f"budget must be a share of the training's time in (0, 1], got {budget!r}")
+        if on_snapshot is not None and not callable(on_snapshot):
+            raise InputError(f"on_snapshot must be a function of a Snapshot, got {on_snapshot!r}")
+        if type(seed) is not int:
+            raise InputError(f"seed must be an integer, got {seed!r}")
         self.objective = objective
         self.partition = _default_partition(objective.model) if partition is None else partition
         self.partition.require_fits(objective.parameters.size)
@@ -110,9 +119,11 @@ class Tracker:
         self._on_snapshot = on_snapshot
         self._snapshots: dict[int, Snapshot] = {}
         self._left_out: list[int] = []
-        self._kept = KeptState(self.folder, adaptive=isinstance(self.at, Adaptive))
-        self._unmoved = ("", 0)  # fingerprint of the parameters last measured, and how often in a row
+        names = objective.parameters.names
+        self._kept = KeptState(self.folder, names if isinstance(self.at, Adaptive) else None)
+        self._first_place: str | None = None  # fingerprint of the parameters first measured, until they have moved
         self._called = -1
+        self._passed = -1  # the last step that an earlier run has seen to
         self._resumed = False  # whether there are snapshots of an earlier run, not yet compared with this one
         self._clock = Clock()
         self._last_cost = 0.0  # seconds of the last snapshot
@@ -147,11 +158,13 @@ class Tracker:
 
     def report(self) -> str:
         """One line: how much was measured, how long it took, what was left out."""
-        left = f"; {len(self._left_out)} due steps left out" if self._left_out else ""
-        waiting = f"; {len(self._kept.waiting)} waiting" if self._kept.waiting else ""
-        clock = self._clock
-        share = f" ({100 * clock.share:.3g} % of {clock.trained:.3g} s of training)" if clock.trained > 0 else ""
-        return f"{len(self._snapshots)} snapshots in {clock.spent:.3g} s{share}{waiting}{left}"
+        clock, count = self._clock, len(self._snapshots)
+        share = f" ({clock.share:.1%} of {clock.trained:.3g} s of training)" if clock.trained > 0 else ""
+        notes = [f"{count} snapshot{'' if count == 1 else 's'} in {clock.spent:.3g} s{share}"]
+        notes += [f"{len(self._kept.waiting)} waiting"] if self._kept.waiting else []
+        notes += [f"{len(self._left_out)} due and left out"] if self._left_out else []
+        notes += ["the model has not moved"] if self._first_place is not None and count > 1 else []
+        return "; ".join(notes)
 
     def __call__(self, step: int, learning_rate: float | None = None, force: bool = False) -> Snapshot | None:
         """Measure, if it is time to.
@@ -176,30 +189,40 @@ class Tracker:
             self._called = int(step)
             return self._visit(self._called, learning_rate, force)
 
-    def finish(self, everything: bool = False) -> Trajectory:
+    def finish(self, step: int | None = None, everything: bool = False) -> Trajectory:
         """Measure what still waits, as far as the budget allows, and return the trajectory.
 
-        Of the steps that wait the last one comes first: the time for it was held in reserve.
+        Of the steps that wait the last one is measured in any case; time for it was held in reserve.
 
         Args:
-            everything: measure all of it, whatever the budget.
+            step: number of updates done in all: the final parameters are measured, whether due or not. Without it the
+                last snapshot is that of the last step that was due.
+            everything: measure all that waits, whatever the budget.
+
+        Raises:
+            InputError, HesscopeError: as for a call.
         """
+        if step is not None and step != self._called:
+            self(step, force=True)
         with self._clock.measuring():
             waiting = sorted(self._kept.waiting)
-            for step in waiting:
-                if everything or self._affordable(reserve=0 if step == waiting[-1] else 1):
-                    self._measure_waiting(step)
+            for due in waiting:
+                if everything or due == waiting[-1] or self._affordable(reserve=1):
+                    self._measure_waiting(due)
                 else:
-                    self._kept.drop(step)
-                    self._left_out.append(step)
-            if self.folder is not None:
-                write_identity(self.folder, self.identity, sorted(self._left_out))
+                    self._leave_out(due)
+                    self._kept.drop(due)
+            known = {*self._snapshots, *self._left_out}
+            for due in self.at if isinstance(self.at, tuple) else ():
+                if due <= self._called and due not in known:  # it did not come by
+                    self._leave_out(due)
         return self.trajectory
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def _visit(self, step: int, learning_rate: float | None, force: bool) -> Snapshot | None:
-        if self._passed(step):
+        if step <= self._passed:
+            self._require_same_run(step)
             return None
         rate = _rate(learning_rate, self.optimizer)
         limit = UNKNOWN if self.optimizer is None else stability_limit(self.optimizer, rate)
@@ -208,17 +231,27 @@ class Tracker:
             moment = Moment(step, rate, limit, self._clock.trained)
             if self.budget is None:
                 snapshot = self._measure(moment)
-            else:
+            elif len(self._kept.waiting) < MOST_WAITING:
                 self._kept.put(moment, self.objective.model)
+            elif force:  # the end: in place of the latest one
+                latest = max(self._kept.waiting)
+                self._leave_out(latest)
+                self._kept.drop(latest)
+                self._kept.put(moment, self.objective.model)
+            else:
+                self._leave_out(step)
         while self._kept.waiting and self._affordable(reserve=1):
             snapshot = self._measure_waiting(min(self._kept.waiting))
         return snapshot if snapshot is not None and snapshot.step == step else None
 
-    def _passed(self, step: int) -> bool:
-        """Whether a run that was resumed is at a step that was seen to before."""
-        known = [*self._snapshots, *self._kept.waiting, *self._left_out]
-        if not known or step > max(known):
-            return False
+    def _leave_out(self, step: int) -> None:
+        """Remember that a step was due, before anything of it is deleted."""
+        self._left_out.append(step)
+        if self.folder is not None:
+            write_identity(self.folder, self.identity, sorted(self._left_out))
+
+    def _require_same_run(self, step: int) -> None:
+        """Compare the first step that a resumed run has in common with the run before."""
         if step in self._snapshots and self._resumed:
             self._resumed = False
             there, here = self._snapshots[step].value, first_order(self.objective).value
@@ -227,7 +260,6 @@ class Tracker:
                     f"step {step} was measured in {self.folder} at a loss of {there:.6g}, here it is {here:.6g}: "
                     "this is another run; use another folder"
                 )
-        return True
 
     def _due(self, step: int) -> bool:
         if isinstance(self.at, Adaptive):
@@ -246,11 +278,12 @@ class Tracker:
     def _measure_waiting(self, step: int) -> Snapshot:
         moment, state = self._kept.get(step)
         with _at_state(self.objective.model, state):
-            snapshot = self._measure(moment)
+            snapshot = self._measure(moment, tell=False)
         self._kept.drop(step)
+        self._tell(snapshot)
         return snapshot
 
-    def _measure(self, moment: Moment) -> Snapshot:
+    def _measure(self, moment: Moment, tell: bool = True) -> Snapshot:
         """Measure the model as it is now, write it down, and tell."""
         if self.objective.parameters.device.type == "cuda":
             torch.cuda.synchronize()  # what training has queued is not ours to pay for
@@ -260,26 +293,35 @@ class Tracker:
             snapshot, vectors = measure(self.objective, self.partition, self.measures, moment, before, self.seed)
         self._require_moved(snapshot)
         # In this order, so that a kill between any two leaves what a resumed run needs.
-        self._kept.save(moment.step, vectors, None if self.budget is not None else self.objective.model)
+        place = None if self.budget is not None else self.objective.model
+        self._kept.save(moment.step, vectors, place, self._clock.trained, self._clock.spent)
         if self.folder is not None:
             save_snapshot(self.folder, snapshot)
         self._kept.forget_all_but(moment.step)
         self._snapshots[moment.step] = snapshot
         self._last_cost = time.perf_counter() - start
-        if self._on_snapshot is not None:
-            self._on_snapshot(snapshot)
+        if tell:
+            self._tell(snapshot)
         return snapshot
 
+    def _tell(self, snapshot: Snapshot) -> None:
+        if self._on_snapshot is not None:
+            self._on_snapshot(snapshot)
+
     def _require_moved(self, snapshot: Snapshot) -> None:
-        """Refuse a model that is not the one being trained."""
+        """Refuse a model that is not the one being trained: one that has not changed since it was first measured."""
+        if self._snapshots and self._first_place is None:
+            return  # it has moved; that it rests now is nothing wrong
         own = dict(self.objective.model.named_parameters())
         now = fingerprint([own[name] for name in self.objective.parameters.names])
-        last, times = self._unmoved
-        self._unmoved = now, times + 1 if now == last else 1
-        if self._unmoved[1] >= UNMOVED and snapshot.gradient_norm > 0:
+        if self._snapshots and now != self._first_place:
+            self._first_place = None
+            return
+        self._first_place = now
+        if len(self._snapshots) + 1 >= UNMOVED and snapshot.gradient_norm > 0:
             raise InputError(
-                f"the parameters of the objective's model have not changed over the last {UNMOVED} measured steps, up "
-                f"to step {snapshot.step}: it is not the model that is being trained"
+                f"the parameters of the objective's model have not changed over {UNMOVED} measured steps, up to step "
+                f"{snapshot.step}: it is not the model that is being trained"
             )
 
     # --- a folder with results ----------------------------------------------------------------------------------------
@@ -290,6 +332,8 @@ class Tracker:
         import xarray  # noqa: F401
 
         assert self.folder is not None
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"folder = {str(self.folder)!r} is a file")
         require_same_identity(self.folder, self.identity)
         _, left_out = read_identity(self.folder)
         self._left_out = list(left_out)
@@ -297,10 +341,10 @@ class Tracker:
         for step in steps_in(self.folder):
             self._snapshots[step] = load_snapshot(self.folder, step)
         self._resumed = bool(self._snapshots)
-        self._kept.take_up(max(self._snapshots, default=-1))
-        costs = [sum(self._snapshots[step].seconds.values()) for step in sorted(self._snapshots)]
-        trained = max((snapshot.training_seconds for snapshot in self._snapshots.values()), default=0.0)
-        self._clock, self._last_cost = Clock(trained, sum(costs)), costs[-1] if costs else 0.0
+        last = max(self._snapshots, default=-1)
+        self._clock = Clock(*self._kept.take_up(last))
+        self._last_cost = sum(self._snapshots[last].seconds.values()) if self._snapshots else 0.0
+        self._passed = max([last, *self._kept.waiting, *self._left_out])
 
 
 def _default_partition(model: nn.Module) -> Partition:
@@ -311,6 +355,8 @@ def _default_partition(model: nn.Module) -> Partition:
 def _require_trains(optimizer: Any, model: nn.Module) -> None:
     """Raise InputError unless the optimizer has a parameter of the model."""
     own = {id(p) for p in model.parameters() if p.requires_grad}
+    if not hasattr(optimizer, "param_groups"):
+        raise InputError(f"optimizer must be a torch optimizer, got {optimizer!r}")
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         raise InputError(
             "the optimizer has no parameter of the objective's model: the model that is measured is not the one that "
@@ -331,10 +377,13 @@ def _at_state(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
     Written through `.data`, which autograd does not see: a graph that the user holds stays valid.
     """
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    before = {name: own[name].detach().clone() for name in state}
+    other = {name: tensor.to(own[name].device) for name, tensor in state.items()}
+    # What is equal is not written: a buffer may be a view that cannot be.
+    changed = {name for name, tensor in other.items() if not torch.equal(own[name].detach(), tensor)}
+    before = {name: own[name].detach().clone() for name in changed}
     try:
-        for name, tensor in state.items():
-            own[name].data.copy_(tensor)
+        for name in changed:
+            own[name].data.copy_(other[name])
         yield
     finally:
         for name, tensor in before.items():

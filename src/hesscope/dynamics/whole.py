@@ -11,36 +11,52 @@ from hesscope.core.records import Provenance
 from hesscope.estimate.block_energies import Method, block_energies, energies_provenance
 from hesscope.estimate.energies import SplitEnergies
 from hesscope.objective import Objective
-from hesscope.operators import GaussNewton, Hessian
+from hesscope.objective.losses import OutputLoss
+from hesscope.operators import GaussNewton, Hessian, Operator
+from hesscope.operators.bridges import Dense
 from hesscope.partition import Partition
 
-# Up to this many parameters: the matrix then takes as long as a few dozen products, and 128 MiB in float64.
+# Up to this many parameters: in closed form the matrix takes as long as a few dozen products; 128 MiB in float64.
 DENSE_SIZE = 4096
 
-CLOSED_FORM = Method("closed_form", 0, 0)
+
+@dataclass(frozen=True)
+class KnownHessian(Dense):
+    """A dense Hessian, with what records say of its making."""
+
+    engine: str
+    data_fingerprint: str
 
 
 @dataclass(frozen=True, eq=False)
 class Whole:
-    """H, G and R, [P, P] each, and how each was made."""
+    """H as an operator; and H alone, or with G and R if the loss has them, [P, P] each, with how energies were made."""
 
+    hessian: KnownHessian
     matrices: Mapping[str, Tensor]
     provenances: Mapping[str, Provenance]
 
     def energies(self, partition: Partition) -> SplitEnergies:
-        """Energies of all blocks of all three."""
+        """Energies of all blocks of all matrices."""
         found = {part: block_energies(matrix, partition, "exact") for part, matrix in self.matrices.items()}
-        return SplitEnergies(
-            {part: replace(each, provenance=self.provenances[part], products=0) for part, each in found.items()}
-        )
+        return SplitEnergies({part: replace(each, provenance=self.provenances[part]) for part, each in found.items()})
 
 
-def whole(objective: Objective) -> Whole | None:
-    """The matrices of a network that has a closed form and is small; None for all others."""
+def whole(objective: Objective, split: bool) -> Whole:
+    """H; with `split` also G and R, if the loss is no callable: in closed form where there is one, else by products."""
     H = Hessian(objective)
-    if not H.has_closed_form or objective.parameters.size > DENSE_SIZE:
-        return None
-    operators = {"H": H, "G": GaussNewton(objective), "R": H - GaussNewton(objective)}
-    G, R = operators["G"].dense(), operators["R"].dense()
-    provenances = {part: energies_provenance(each, CLOSED_FORM, seed=0) for part, each in operators.items()}
-    return Whole({"H": G + R, "G": G, "R": R}, provenances)
+    closed = H.has_closed_form
+    operators: dict[str, Operator] = {"H": H}
+    if split and isinstance(objective.loss, OutputLoss):
+        G = GaussNewton(objective)
+        operators |= {"G": G, "R": H - G}
+    method = Method("closed_form" if closed else "exact", 0, 0)
+    provenances = {part: energies_provenance(each, method, seed=0) for part, each in operators.items()}
+    matrices = {part: each.dense() for part, each in operators.items() if part != ("H" if closed else "R")}
+    if not matrices:
+        matrices = {"H": H.dense()}
+    elif closed:  # R is cheap then, and known to its own precision
+        matrices = {"H": matrices["G"] + matrices["R"], **matrices}
+    elif "G" in matrices:
+        matrices["R"] = matrices["H"] - matrices["G"]
+    return Whole(KnownHessian(matrices["H"], True, H.dense_engine, H.data_fingerprint), matrices, provenances)

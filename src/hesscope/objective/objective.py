@@ -78,6 +78,9 @@ class Objective:
         self._watch = ForwardWatch(self.parameters.dtype)
         self._data = as_batches(data)
         self._inspection = self._inspect()
+        # Names of the matrices whose products have been found symmetric: a second derivative is right or wrong whatever
+        # the parameters, and once training has fitted everything, rounding of what is left could pass for a wrong one.
+        self.symmetric: set[str] = set()
         # Whether a batch can be cut into so many pieces, by (count, index); found when needed.
         self._independent: dict[tuple[int, int], bool] = {}
 
@@ -126,7 +129,7 @@ class Objective:
         """
         space = self.parameters.subspace(names)
         view = copy.copy(self)
-        view.parameters, view._independent = space, {}
+        view.parameters, view._independent, view.symmetric = space, {}, set(self.symmetric)
         view._inspection = replace(self._inspection, unused=tuple(n for n in self.unused if n in space.names))
         return view
 

@@ -104,6 +104,7 @@ def settle(
     pair: Tensor,
     graph_bytes: int,
     sample: tuple[Curve | Sandwich, float] | None = None,
+    symmetric: bool = False,
 ) -> tuple[Choice, LinearMap] | None:
     """The engine and the linear map of the first batch; None if that is zero.
 
@@ -111,6 +112,7 @@ def settle(
         engine: one of ENGINES or "auto"; compile: whether linearizations are compiled.
         pair: [2, P] random rows to check and to time with; graph_bytes: memory for the activations.
         sample: the matrix on a part of the batch, and how large a part, to time what is not likely to be chosen.
+        symmetric: whether it is known to be that, and need not be asked.
 
     Raises:
         ModelError: products are not symmetric. What the engine raises, if no engine works.
@@ -118,29 +120,32 @@ def settle(
     if engine == "auto" and not compile:
         try:
             if graph_bytes >= SMALL_GRAPH:
-                return _fastest(matrix, theta, pair, sample or (matrix, 1.0))
-            return _checked("linearize", False, matrix, theta, pair, "the problem is too small to be worth timing")
+                return _fastest(matrix, theta, pair, sample or (matrix, 1.0), symmetric)
+            reason = "the problem is too small to be worth timing"
+            return _checked("linearize", False, matrix, theta, pair, reason, symmetric)
         except HesscopeError:
             raise
         except Exception as error:  # forward mode lacks some operation
             reason = f"linearize cannot be used: {' '.join(str(error).split())[:120]}"
-            return _checked("double_backward", False, matrix, theta, pair, reason)
-    return _checked("linearize" if engine == "auto" else engine, compile, matrix, theta, pair, "as asked for")
+            return _checked("double_backward", False, matrix, theta, pair, reason, symmetric)
+    chosen = "linearize" if engine == "auto" else engine
+    return _checked(chosen, compile, matrix, theta, pair, "as asked for", symmetric)
 
 
 def _checked(
-    engine: str, compile: bool, matrix: Curve | Sandwich, theta: Tensor, pair: Tensor, reason: str
+    engine: str, compile: bool, matrix: Curve | Sandwich, theta: Tensor, pair: Tensor, reason: str, symmetric: bool
 ) -> tuple[Choice, LinearMap] | None:
     choice = Choice(_name(engine, 0, compile), engine, compile=compile, reason=reason)
     linear = choice.build(matrix, theta, pair[0])
     if linear is None:
         return None
-    require_symmetric(pair, linear.multiply(pair, False), matrix.what)
+    if not symmetric:
+        require_symmetric(pair, linear.multiply(pair, False), matrix.what)
     return choice, linear
 
 
 def _fastest(
-    matrix: Curve | Sandwich, theta: Tensor, pair: Tensor, sample: tuple[Curve | Sandwich, float]
+    matrix: Curve | Sandwich, theta: Tensor, pair: Tensor, sample: tuple[Curve | Sandwich, float], symmetric: bool
 ) -> tuple[Choice, LinearMap] | None:
     """Time linearizations, and double backward on a sample of the batch; whatever fails is passed on."""
     load_forward_mode()
@@ -149,7 +154,8 @@ def _fastest(
         return None
     recorded, second = made
     seconds, first = _time_product(recorded, pair[:1])
-    require_symmetric(pair, torch.cat([first, second.unsqueeze(0)]), matrix.what)
+    if not symmetric:
+        require_symmetric(pair, torch.cat([first, second.unsqueeze(0)]), matrix.what)
     candidates, found = [], {}
     for number, variant in enumerate(variants(recorded)):
         name = _name("linearize", number, False)
@@ -180,7 +186,8 @@ def _fastest(
         linear = build(name, matrix, theta, pair[0])
         if linear is None:
             return None
-        require_symmetric(pair, torch.cat([first, linear.multiply(pair[1:], False)]), matrix.what)
+        if not symmetric:
+            require_symmetric(pair, torch.cat([first, linear.multiply(pair[1:], False)]), matrix.what)
         return Choice(name, name, reason=reason, candidates=tuple(candidates)), linear
     choice, linear = found[best.name]
     return replace(choice, reason=reason, candidates=tuple(candidates)), linear

@@ -306,9 +306,11 @@ class _Curvature(Operator):
             self._pair,
             self.objective.graph_bytes,
             (self._on(part, index), share),
+            self.name in self.objective.symmetric,
         )
         if settled is None:
             return None
+        self.objective.symmetric.add(self.name)
         self._choice, linear = settled
         return linear
 
@@ -324,8 +326,11 @@ class _Curvature(Operator):
                 linear = self._streaming.build(matrix, theta, self._pair[0])
             else:
                 engine = "double_backward" if self._asked == "auto" and not self._compile else self._asked
-                settled = settle(engine, self._compile, matrix, theta, self._pair, self.objective.graph_bytes)
+                known = self.name in self.objective.symmetric
+                graph = self.objective.graph_bytes
+                settled = settle(engine, self._compile, matrix, theta, self._pair, graph, symmetric=known)
                 if settled is not None:
+                    self.objective.symmetric.add(self.name)
                     choice, linear = settled
                     reason = choice.reason if self._asked == engine else "its graphs are made anew for every product"
                     self._streaming = replace(choice, reason=reason)

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 # A study is cut into about so many parts, each stored when done: a killed run loses at most one of them.
 PARTS = 40
 RESULT = "energies"
+# Of the configuration: what other commands take.
+OTHER_SECTIONS = {"spectrum", "advise", "layers", "track"}
 
 
 @dataclass(frozen=True)
@@ -295,7 +297,7 @@ def _merge(study: Study, names: list[str]) -> xr.Dataset:
         result["block_of_parameter"] = ("parameter", partition.assignment)
     return result.assign_attrs(
         model=study.config.model,
-        config=json.dumps(study.config.model_dump(exclude_none=True, exclude={"spectrum", "advise", "layers", "track"})),
+        config=json.dumps(study.config.model_dump(exclude_none=True, exclude=OTHER_SECTIONS)),
         model_class=type(study.objective.model).__name__,
         loss=study.objective.loss.name,
         partition=study.config.partition,

@@ -11,12 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hesscope.core.checks import nearest
 from hesscope.core.errors import InputError
 
-EXAMPLE = """\
+HEAD = """\
 # A hesscope study. Run it with:  hesscope analyze STUDY.toml   (how block-diagonal the Hessian is)
 #                            or:  hesscope spectrum STUDY.toml  (its eigenvalues, trace and norm, block by block)
 #                            or:  hesscope advise STUDY.toml    (which partition it is block-diagonal in)
 #                            or:  hesscope layers STUDY.toml    (how near each layer's is to a Kronecker product)
 #                            or:  hesscope track STUDY.toml     (how it changes along checkpoints of its training)
+# The last four have a section each, which their --example prints: hesscope track --example, and so on.
 # Relative paths are relative to this file; so are the modules named below.
 
 # The network: a function that returns a torch.nn.Module, and what to call it with.
@@ -43,14 +44,18 @@ loss = "cross_entropy"
 # (spectrum takes layers where these are more than 64 blocks, or where this line is left out.)
 partition = "row"
 
-# For analyze: "exact" (one product per parameter), "probes" (random, with standard errors), or "auto".
+# For analyze and track: "exact" (one product per parameter), "probes" (random, with standard errors), or "auto".
 method = "auto"
 # probes = 32
 seed = 0
 
 # Where the page, the figures and the results go.
 output = "out/study"
+"""
 
+# What the commands with settings of their own read beside the head.
+SECTIONS = {
+    "spectrum": """
 # For spectrum; every line of it may be left out, and so may all of it.
 [spectrum]
 # "hessian", or "gauss_newton" (not for a loss of your own).
@@ -68,7 +73,8 @@ block_steps = 30
 rtol = 0.02
 # Each of these, and either end of the spectrum, stops at this many products, done or not.
 # max_products = 1000
-
+""",
+    "advise": """
 # For advise; every line of it may be left out, and so may all of it.
 [advise]
 # "hessian", or "gauss_newton" (not for a loss of your own).
@@ -80,7 +86,8 @@ probes = 32
 # Relative standard error of the energies of all pairs of tensors, and the products at which they stop, done or not.
 rtol = 0.05
 # max_products = 1000
-
+""",
+    "layers": """
 # For layers; every line of it may be left out, and so may all of it.
 [layers]
 # Whose eigenvectors: "hessian", or "gauss_newton".
@@ -99,12 +106,13 @@ full = 10
 errors = true
 # Random combinations of each sample's classes in place of all; all up to 1024 of them, else 64, unless told.
 # probes = 64
-
+""",
+    "track": """
 # For track, which needs its first line. `checkpoint` above is not read.
 [track]
 # Folder of checkpoints, whose names end with their steps: step-100.pt, model.000200.safetensors, or sub-folders with
 # one such file, such as checkpoint-500/model.safetensors.
-# checkpoints = "checkpoints"
+checkpoints = "checkpoints"
 # Of "energies" (by `partition`, `method` and `probes` above), "eigenvalues", "trace", "density", "heterogeneity" and
 # "heatmap".
 measures = ["energies", "eigenvalues"]
@@ -114,13 +122,23 @@ eigenpairs = 5
 # learning_rate = 0.1
 # Whether steps may be missing where the others are evenly spaced.
 gaps = false
-# Checkpoints measured at the same time, each in a process of its own with its own copy of model and data.
+# Checkpoints measured at the same time, each in a process of its own with its own copy of model and data. More than 1
+# pays only where a checkpoint takes more than a few seconds: each process loads PyTorch and the study first.
 processes = 1
 # Diagonality (the energy's share in diagonal blocks) from which on the Hessian counts as block-diagonal.
 threshold = 0.9
-# The smallest value that the loss can have.
+# The smallest value that the loss can have; the loss of no checkpoint may be below it.
 optimum = 0.0
-"""
+""",
+}
+
+# All that a STUDY.toml may say.
+EXAMPLE = HEAD + "".join(SECTIONS.values())
+
+
+def example_study(command: str) -> str:
+    """A commented STUDY.toml to start from, with the sections that this command reads."""
+    return HEAD + SECTIONS.get(command, "")
 
 
 class SpectrumConfig(BaseModel):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from hesscope.dynamics import Tracker, Trajectory, log_spaced
 from hesscope.dynamics.dynamic_force import DynamicForce, dynamic_force
 from hesscope.dynamics.optimizers import learning_rate
 from hesscope.models import MLP
-from hesscope.study.presets import PRESETS, Experiment, Options, Preset, find_preset, options_in_words
+from hesscope.study.presets import OF_ALL, PRESETS, Experiment, Options, Preset, find_preset, options_in_words
 from hesscope.study.steps import Reporter
 from hesscope.theory import static_force
 
 FOLDER = Path("out", "dynamics")
 SETTINGS, CHECKPOINT = "dynamics.json", "checkpoint.pt"
+# Characters in a line of the list of presets.
+LINE = 100
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,14 @@ class DynamicsRun:
 
 
 def preset_table() -> list[tuple[str, ...]]:
-    """Every preset, what it takes and what it is; the first row names the columns."""
-    rows: list[tuple[str, ...]] = [("preset", "options (and their defaults)", "what it trains")]
+    """Every preset, what it is and what it takes, in lines of LINE; the first row names the columns."""
+    rows: list[tuple[str, ...]] = [("preset", "what it trains, and its options with their defaults")]
+    width = LINE - len("  ") - max(map(len, PRESETS))
     for preset in PRESETS.values():
-        taken = " ".join(f"--{name} {value}" for name, value in options_in_words(preset.defaults).items())
-        rows.append((preset.name, taken, preset.description))
+        taken = " ".join(f"--{name}={value}" for name, value in options_in_words(preset.defaults).items())
+        lines = [line for text in (preset.description, taken) for line in wrap(text, width, break_on_hyphens=False)]
+        rows += [(preset.name if number == 0 else "", line) for number, line in enumerate(lines)]
+    rows.append(("all", " and ".join(f"--{name}" for name in OF_ALL) + " (see --help)"))
     return rows
 
 
@@ -105,7 +111,7 @@ def choose_dynamics(
     run = DynamicsRun(preset, options, FOLDER / preset.label(options) if folder is None else folder, budget)
     _require_same_settings(run)
     if budget is not None and not 0 < budget <= 1:
-        raise InputError(f"budget must be a share of the training's time in (0, 1], got {budget!r}")
+        raise InputError(f"--budget must be a share of the training's time in (0, 1], got {budget!r}")
     _ = run.experiment
     return run
 

@@ -276,8 +276,10 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         first = _one_line(error).split(". ")[0]
+        told = f": {first}" if len(str(error).split()) > 1 else ""  # a key or a byte, without its place, says nothing
         raise InputError(
-            f"checkpoint {path} cannot be read (it must hold tensors only, a state_dict): {first}"
+            f"checkpoint {path} cannot be read: it must be a file of torch.save or safetensors that holds tensors "
+            f"only, a state_dict{told}"
         ) from error
 
 

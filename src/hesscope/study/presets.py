@@ -30,6 +30,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 OPTIMIZERS = ("adam", "sgd")
 MOMENTUM = 0.9  # of SGD
 PARTITIONS = ("head", "row", "token")
+# Options of the command that are none of the experiment.
+OF_ALL = ("budget", "out")
 
 # One hidden layer, as in [D].
 INPUTS, WIDTH = 500, 8
@@ -73,16 +75,16 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("steps", "snapshots", "samples"):
-            require_positive_int(name, getattr(self, name))
+            require_positive_int(f"--{name}", getattr(self, name))
         if self.snapshots < 2:
-            raise InputError("snapshots must be at least 2: the first and the last step")
+            raise InputError(f"--snapshots must be at least 2, the first and the last step, got {self.snapshots}")
         for name, choices in (("loss", LOSSES), ("optimizer", OPTIMIZERS), ("partition", PARTITIONS)):
             if (value := getattr(self, name)) is not None:
-                require_choice(name, value, choices)
+                require_choice(f"--{name}", value, choices)
         if self.classes is not None:
-            require_positive_int("classes", self.classes)
+            require_positive_int("--classes", self.classes)
             if self.classes < 2:
-                raise InputError(f"classes must be at least 2, got {self.classes}")
+                raise InputError(f"--classes must be at least 2, got {self.classes}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +138,8 @@ class Preset:
         taken = [each.name for each in fields(Options) if getattr(self.defaults, each.name) is not None]
         for name in given:
             if name not in taken:
-                raise InputError(f"preset {self.name!r} does not take {name}; it takes {', '.join(taken)}")
+                accepted = ", ".join(f"--{each}" for each in (*taken, *OF_ALL))
+                raise InputError(f"preset {self.name!r} does not take --{name}; it takes {accepted}")
         return replace(self.defaults, **given)
 
     def label(self, options: Options) -> str:
@@ -216,7 +219,7 @@ def digits_experiment(options: Options, rates: Mapping[str, float]) -> Experimen
     """One hidden layer of 32 on handwritten digits, in mini-batches."""
     data = digits(dtype=torch.float64)
     if options.samples > len(data):
-        raise InputError(f"samples must be at most {len(data)}, all digits there are, got {options.samples}")
+        raise InputError(f"--samples must be at most {len(data)}, all digits there are, got {options.samples}")
     training, _ = data.split(options.samples, stream(options.seed, "dynamics", "split"))
     inputs = training.inputs.shape[1]
     model = one_hidden(inputs, DIGITS_WIDTH, training.classes, seed=options.seed, dtype=torch.float64)

@@ -65,6 +65,10 @@ from hesscope.study.steps import Reporter
 OWN, BEFORE = "checkpoint", "checkpoint_before"
 # Files with the top eigenvectors at the last steps measured, from which a run that was killed goes on.
 VECTORS = "eigenvectors-"
+# Seconds of measuring in all below which several processes do not pay.
+TOO_SHORT = 60.0
+# Losses that are never negative.
+NEVER_NEGATIVE = ("cross_entropy", "mse")
 # What the state of SGD has and, beside these and its defaults, nothing else.
 SGD_KEYS, USUAL_KEYS = ("momentum", "dampening", "nesterov"), ("params", "initial_lr")
 
@@ -197,8 +201,6 @@ def describe_track(study: TrackStudy) -> list[tuple[str, str]]:
     """What is about to be done: (what, how much) lines."""
     objective, settings, waiting = study.objective, study.settings, len(study.waiting)
     space, steps = objective.parameters, [checkpoint.step for checkpoint in study.checkpoints]
-    seconds, words = _cost(study)
-    processes = min(settings.processes, max(waiting, 1))
     rates = sorted({rate.learning_rate for rate in study.rates.values() if not np.isnan(rate.learning_rate)})
     shown = " to ".join(f"{rate:g}" for rate in dict.fromkeys((rates[0], rates[-1]))) if rates else ""
     lines = [
@@ -209,32 +211,34 @@ def describe_track(study: TrackStudy) -> list[tuple[str, str]]:
         ),
         (
             "steps",
-            f"{steps[0]} to {steps[-1]}, {len(steps)} checkpoints in {study.base / str(settings.checkpoints)}"
-            f"{f'; {waiting} of them to be measured' if waiting < len(steps) else ''}",
+            f"{' to '.join(str(step) for step in dict.fromkeys((steps[0], steps[-1])))}, {_counted(len(steps))} in "
+            f"{study.base / str(settings.checkpoints)}"
+            f"{f'; {waiting} of them to be measured' if 0 < waiting < len(steps) else ''}",
         ),
         ("partition", f"{study.config.partition}: {len(study.partition):,} blocks" if _uses_blocks(study) else ""),
         ("measures", ", ".join(study.measures)),
         ("rate", f"learning rate {shown}" if shown else ""),
         ("notes", "; ".join(objective.notes)),
-        (
-            "time",
-            f"about {human_seconds(seconds * waiting / processes)} for {waiting} checkpoints"
-            f"{f' in {processes} processes' if processes > 1 else ''} ({words})",
-        ),
+        *_time(study),
         ("results", str(study.folder)),
     ]
     return [line for line in lines if line[1]]
 
 
 def run_track(study: TrackStudy, report: Reporter) -> int:
-    """Measure; returns how many checkpoints were found measured by an earlier run under the same settings."""
+    """Measure; returns how many checkpoints were found measured by an earlier run under the same settings.
+
+    Raises:
+        HesscopeError: the loss of a checkpoint is below `optimum` (nothing is written then), or one cannot be measured.
+    """
     waiting, total = study.waiting, len(study.checkpoints)
     found = total - len(waiting)
+    _require_optimum(study, report)
     _take_up(study)
 
     def tell() -> None:
         done = found + sum(snapshot_path(study.folder, checkpoint.step).exists() for checkpoint in waiting)
-        report(f"{done} of {total} checkpoints", done / total)
+        report(f"{done} of {_counted(total)}", done / total)
 
     tell()
     processes = min(study.settings.processes, len(waiting))
@@ -306,6 +310,31 @@ def _vectors_at(study: TrackStudy, checkpoint: Checkpoint) -> Before:
     moment = Moment(checkpoint.step)
     _, vectors = measure(study.objective, study.partition, asked, moment, Before(), study.config.seed)
     return Before(checkpoint.step, vectors)
+
+
+def _require_optimum(study: TrackStudy, report: Reporter) -> None:
+    """Refuse an optimum above the loss of a checkpoint, of which there would be no static and dynamic part.
+
+    The losses are those that are stored, and else take one pass over the data for each checkpoint.
+    """
+    optimum, waiting = study.settings.optimum, {checkpoint.step for checkpoint in study.waiting}
+    safe = optimum <= 0 and study.config.loss in NEVER_NEGATIVE
+    if safe or "energies" not in study.measures or len(study.checkpoints) < 2:
+        return
+    for number, checkpoint in enumerate(study.checkpoints):
+        if checkpoint.step in waiting:
+            report(f"loss of checkpoint {number + 1} of {len(study.checkpoints)}", 0.0)
+            loading.load_checkpoint(study.objective.model, checkpoint.path)
+            loss = study.objective.value()
+        else:
+            loss = Snapshot.from_xarray(open_tree(snapshot_path(study.folder, checkpoint.step))).value
+        if loss < optimum:
+            found = len(study.checkpoints) - len(waiting)
+            raise InputError(
+                f"track.optimum must be a number that no loss is below, got {optimum:g}; the loss at step "
+                f"{checkpoint.step} is {loss:.6g}"
+                f"{f'; what was measured before is kept in {study.folder}' if found else ''}"
+            )
 
 
 # --- a folder with results --------------------------------------------------------------------------------------------
@@ -403,6 +432,25 @@ def _uses_blocks(study: TrackStudy) -> bool:
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def _time(study: TrackStudy) -> list[tuple[str, str]]:
+    """Lines on how long measuring will take, and on processes that it is too short for."""
+    waiting = len(study.waiting)
+    if not waiting:
+        return [("time", "everything is measured; only the page is written again")]
+    processes = min(study.settings.processes, waiting)
+    seconds, words = _cost(study)
+    many = f" in {processes} processes" if processes > 1 else ""
+    about = f"about {human_seconds(seconds * waiting / processes)} to measure {_counted(waiting)}{many}"
+    lines = [("time", f"{about}, start-up and page apart ({words})")]
+    if processes > 1 and seconds * waiting < TOO_SHORT:
+        lines.append(("processes", "more than 1 may not pay: each takes seconds to load PyTorch and the study"))
+    return lines
+
+
+def _counted(number: int) -> str:
+    return f"{number} checkpoint{'s' if number != 1 else ''}"
 
 
 def _cost(study: TrackStudy) -> tuple[float, str]:

@@ -143,11 +143,13 @@ def _add_same_layer(target: _Target, Z: Tensor, x: Tensor, buffer: Tensor) -> No
         return
     step = max(1, buffer.numel() // (d * len(x)))
     for number, a in enumerate(strip.neurons):
+        some = _counting(Z[:, a].any(dim=1), rows.shape[1] * d * (Z.shape[2] - a))
+        left, right = rows[some].T, x[some, None, :]
         for first in range(a, Z.shape[2], step):
-            z = Z[:, a, first : first + step, None]
+            z = Z[some, a, first : first + step, None]
             columns = slice(first - strip.neurons.start, first - strip.neurons.start + z.shape[1])
-            U = torch.mul(z, x[:, None, :], out=buffer[: z.numel() * d].view(len(x), -1, d))
-            _multiply_into(block[number, :, columns].view(rows.shape[1], -1), rows.T, U.flatten(1), target.fresh)
+            U = torch.mul(z, right, out=buffer[: z.numel() * d].view(len(z), z.shape[1], d))
+            _multiply_into(block[number, :, columns].view(rows.shape[1], -1), left, U.flatten(1), target.fresh)
 
 
 def _add_symmetric(out: Tensor, x: Tensor, weight: Tensor, fresh: bool, buffer: Tensor) -> None:
@@ -223,7 +225,8 @@ def _add_layers(target: _Target, q: int, level: Level, tile: Tile, part: Part, b
     Z, rows = level.Z.get(q), tile.inputs[p][:, strip.inputs.start : strip.inputs.stop]
     large = rows.shape[1] * tile.delta[q].shape[1] >= LARGE_PRODUCT
     for number, a in enumerate(strip.neurons):
-        some = _counting(tile.slopes[p][:, a], rows.shape[1] * tile.delta[q].shape[1])
+        inputs = 1 if Z is None and q == p + 1 else tile.inputs[q].shape[1]
+        some = _counting(tile.slopes[p][:, a], rows.shape[1] * tile.delta[q].shape[1] * inputs)
         x = tile.inputs[q][some]
         moved, moving = torch.zeros_like(x), range(0)
         if part != "gauss_newton":
