@@ -43,6 +43,7 @@ def split_energies(
 
     In closed form the expensive part is made once: of every strip G, then R by its own formula, then their sum. So R,
     which training erases (arXiv:2505.02809; MATH.md, section 2), is known to its own precision, however small beside G.
+    G itself is as precise as p (1 - p) is: it loses digits where predictions are certain to ten of them.
 
     Args:
         objective: the function of the parameters.
