@@ -23,6 +23,7 @@ SNAPSHOTS = 5
 
 # Steps of the training on the digits that are measured, and how often it is trained.
 TRACKED, TRAININGS = 20, 5
+MEASURES = ("energies", "eigenvalues")
 
 MEMORY = """
 import re
@@ -53,7 +54,7 @@ def tracking() -> list[Row]:
         run = preset.make(options)
         tracker = None
         if tracked:
-            tracker = Tracker(run.objective, run.partition, at, run.measures, folder, optimizer=run.optimizer)
+            tracker = Tracker(run.objective, run.partition, at, MEASURES, folder, optimizer=run.optimizer)
         run.model.train()
         for step in range(options.steps + 1):
             if tracker is not None:
@@ -72,10 +73,13 @@ def tracking() -> list[Row]:
     seconds = alternating(jobs, TRAININGS)
     size = preset.make(options).objective.parameters.size
     what = f"training on digits, P = {size:,}, {options.steps:,} steps"
-    named = ", ".join(type(measure).__name__.lower() for measure in preset.make(options).measures)
     return [
         row(f"{what} (s)", seconds["without"]),
-        row(f"  tracked at {len(at)} steps ({named}) / not", ratios(seconds["tracked"], seconds["without"]), "<= 2"),
+        row(
+            f"  tracked at {len(at)} steps ({', '.join(MEASURES)}) / not",
+            ratios(seconds["tracked"], seconds["without"]),
+            "<= 2",
+        ),
         row("  and written to a folder / not", ratios(seconds["stored"], seconds["without"]), "<= 2"),
     ]
 

@@ -38,7 +38,8 @@ class Whole:
 
     def energies(self, partition: Partition) -> SplitEnergies:
         """Energies of all blocks of all matrices."""
-        found = {part: block_energies(matrix, partition, "exact") for part, matrix in self.matrices.items()}
+        operators = {part: Dense(matrix, symmetric=True) for part, matrix in self.matrices.items()}
+        found = {part: block_energies(operator, partition, "exact") for part, operator in operators.items()}
         return SplitEnergies({part: replace(each, provenance=self.provenances[part]) for part, each in found.items()})
 
 
