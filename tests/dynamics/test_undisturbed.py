@@ -252,6 +252,7 @@ def fit_with_hugging_face(folder, **options):
 
 @pytest.fixture(scope="module")
 def lightning_untracked():
+    fit_with_lightning()  # what Lightning loads the first time draws from Python's generator
     return fit_with_lightning()[0]
 
 

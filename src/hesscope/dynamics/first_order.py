@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hesscope.core.errors import DataError
+from hesscope.dynamics.snapshot import UNKNOWN
 from hesscope.objective import Objective
 from hesscope.objective.losses import OutputLoss, output_gradient
-
-UNKNOWN = float("nan")
 
 
 @dataclass(frozen=True, eq=False)

@@ -185,15 +185,16 @@ def measure(
     first = first_order(objective)
     seconds = {"first order": time.perf_counter() - start}
     start = time.perf_counter()
-    known = _whole(objective, measures)
-    hessian = Hessian(objective) if known is None else known.hessian
+    H = Hessian(objective)
+    known = _whole(H, measures)
+    hessian = H if known is None else known.hessian
     seconds |= {} if known is None else {"matrix": time.perf_counter() - start}
     found: dict[str, Any] = dict.fromkeys(MEASURES)
     vectors = None
     for name, asked in measures.items():
         start = time.perf_counter()
         if isinstance(asked, Energies):
-            found[name] = _energies(objective, partition, asked, seed, known)
+            found[name] = _energies(H, partition, asked, seed, known)
         elif isinstance(asked, Eigenvalues):
             found[name], vectors = _eigenvalues(hessian, asked, first.gradient, before, seed)
         elif isinstance(asked, Trace):
@@ -238,37 +239,35 @@ def layers_of_blocks(partition: Partition) -> tuple[str, ...]:
     return tuple(layer_of[label] for label in partition.labels)
 
 
-def _whole(objective: Objective, measures: Mapping[str, Measure]) -> Whole | None:
+def _whole(H: Hessian, measures: Mapping[str, Measure]) -> Whole | None:
     """The matrix, where that is less work than what the measures would do one by one.
 
     Energies alone are made strip by strip, without it.
     """
-    if set(measures) <= {"energies"} or objective.parameters.size > DENSE_SIZE:
+    if set(measures) <= {"energies"} or H.shape[0] > DENSE_SIZE:
         return None
     asked = measures.get("energies")
-    exact = isinstance(asked, Energies) and _is_exact(objective, asked)
-    if exact or "heatmap" in measures or Hessian(objective).has_closed_form:
-        return whole(objective, split=exact)
+    exact = isinstance(asked, Energies) and _is_exact(H, asked)
+    if exact or "heatmap" in measures or H.has_closed_form:
+        return whole(H, split=exact)
     return None
 
 
-def _is_exact(objective: Objective, asked: Energies) -> bool:
+def _is_exact(H: Hessian, asked: Energies) -> bool:
     """Whether energies are those of the whole matrix, or of the closed form that makes it."""
     if asked.probes is not None or asked.method not in ("auto", "exact", "closed_form"):
         return False
-    if Hessian(objective).has_closed_form:
+    if H.has_closed_form:
         return True
-    return asked.method == "exact" or (asked.method == "auto" and objective.parameters.size <= EXACT_SIZE)
+    return asked.method == "exact" or (asked.method == "auto" and H.shape[0] <= EXACT_SIZE)
 
 
-def _energies(
-    objective: Objective, partition: Partition, asked: Energies, seed: int, known: Whole | None
-) -> SplitEnergies:
-    if known is not None and _is_exact(objective, asked):
+def _energies(H: Hessian, partition: Partition, asked: Energies, seed: int, known: Whole | None) -> SplitEnergies:
+    if known is not None and _is_exact(H, asked):
         return known.energies(partition)
     if asked.method == DUAL:
-        return SplitEnergies({"G": block_energies(GaussNewton(objective), partition, DUAL, asked.probes, seed=seed)})
-    return split_energies(objective, partition, asked.method, asked.probes, asked.rtol, asked.max_products, seed=seed)
+        return SplitEnergies({"G": block_energies(GaussNewton(H.objective), partition, DUAL, asked.probes, seed=seed)})
+    return split_energies(H.objective, partition, asked.method, asked.probes, asked.rtol, asked.max_products, seed=seed)
 
 
 def _eigenvalues(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-UNKNOWN = float("nan")
+from hesscope.dynamics.snapshot import UNKNOWN
 
 
 def learning_rate(optimizer: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class Tracker:
         snapshots = tuple(self._snapshots[step] for step in sorted(self._snapshots))
         return Trajectory(snapshots, self.identity, tuple(sorted(self._left_out)))
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, str]:
         """What is measured, as words: trajectories of different identity do not share a folder."""
         space, partition = self.objective.parameters, self.partition
@@ -213,9 +214,8 @@ class Tracker:
                     self._leave_out(due)
                     self._kept.drop(due)
             known = {*self._snapshots, *self._left_out}
-            for due in self.at if isinstance(self.at, tuple) else ():
-                if due <= self._called and due not in known:  # it did not come by
-                    self._leave_out(due)
+            listed = self.at if isinstance(self.at, tuple) else ()
+            self._leave_out(*(due for due in listed if due <= self._called and due not in known))  # never came by
         return self.trajectory
 
     # --- one step -----------------------------------------------------------------------------------------------------
@@ -239,14 +239,14 @@ class Tracker:
                 self._kept.drop(latest)
                 self._kept.put(moment, self.objective.model)
             else:
-                self._leave_out(step)
+                self._left_out.append(step)  # written with the next snapshot: this may happen at every step
         while self._kept.waiting and self._affordable(reserve=1):
             snapshot = self._measure_waiting(min(self._kept.waiting))
         return snapshot if snapshot is not None and snapshot.step == step else None
 
-    def _leave_out(self, step: int) -> None:
-        """Remember that a step was due, before anything of it is deleted."""
-        self._left_out.append(step)
+    def _leave_out(self, *steps: int) -> None:
+        """Remember that steps were due, before anything of them is deleted."""
+        self._left_out.extend(steps)
         if self.folder is not None:
             write_identity(self.folder, self.identity, sorted(self._left_out))
 
@@ -297,6 +297,8 @@ class Tracker:
         self._kept.save(moment.step, vectors, place, self._clock.trained, self._clock.spent)
         if self.folder is not None:
             save_snapshot(self.folder, snapshot)
+            if self._left_out:
+                write_identity(self.folder, self.identity, sorted(self._left_out))
         self._kept.forget_all_but(moment.step)
         self._snapshots[moment.step] = snapshot
         self._last_cost = time.perf_counter() - start

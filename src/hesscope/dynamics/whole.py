@@ -10,7 +10,6 @@ from torch import Tensor
 from hesscope.core.records import Provenance
 from hesscope.estimate.block_energies import Method, block_energies, energies_provenance
 from hesscope.estimate.energies import SplitEnergies
-from hesscope.objective import Objective
 from hesscope.objective.losses import OutputLoss
 from hesscope.operators import GaussNewton, Hessian, Operator
 from hesscope.operators.bridges import Dense
@@ -43,9 +42,9 @@ class Whole:
         return SplitEnergies({part: replace(each, provenance=self.provenances[part]) for part, each in found.items()})
 
 
-def whole(objective: Objective, split: bool) -> Whole:
+def whole(H: Hessian, split: bool) -> Whole:
     """H; with `split` also G and R, if the loss is no callable: in closed form where there is one, else by products."""
-    H = Hessian(objective)
+    objective = H.objective
     closed = H.has_closed_form
     operators: dict[str, Operator] = {"H": H}
     if split and isinstance(objective.loss, OutputLoss):
