@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from hesscope.estimate.split import split_energies
     from hesscope.estimate.symlog import from_symlog, to_symlog
     from hesscope.estimate.trace import trace
+    from hesscope.layerwise.bound_record import PacBayesBound
+    from hesscope.layerwise.pac_bayes import pac_bayes_bound
     from hesscope.objective import Objective
     from hesscope.operators import EmpiricalFisher, GaussNewton, Hessian, as_operator
     from hesscope.operators.closed_form import LayerWeights, OutputLayerEnergies, layer_weights, output_layer_energies
@@ -79,6 +81,9 @@ _HOME: dict[str, str | None] = {
     "jensen_shannon_distance": "hesscope.estimate.spectrum_distance",
     "to_symlog": "hesscope.estimate.symlog",
     "from_symlog": "hesscope.estimate.symlog",
+    "pac_bayes_bound": "hesscope.layerwise.pac_bayes",
+    "PacBayesBound": "hesscope.layerwise.bound_record",
+    "bounds": None,
     "data": None,
     "dynamics": None,
     "layerwise": None,
@@ -103,6 +108,7 @@ __all__ = [
     "Objective",
     "Outliers",
     "OutputLayerEnergies",
+    "PacBayesBound",
     "ParameterSpace",
     "Partition",
     "PartitionComparison",
@@ -124,6 +130,7 @@ __all__ = [
     "jensen_shannon_distance",
     "layer_weights",
     "output_layer_energies",
+    "pac_bayes_bound",
     "semi_empirical_law",
     "spectral_density",
     "split_energies",

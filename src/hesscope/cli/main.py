@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
 
@@ -258,6 +258,80 @@ def dynamics(
     tables = [dynamics_table(trajectory), *([] if force is None else [force_table(force)]), static_table(run)]
     _print_findings(dynamics_headline(trajectory, force), *filter(None, tables))
     page = write_dynamics_page(run.folder, trajectory, force, _command(), run.title)
+    print(f"page: {page.resolve()}")
+
+
+@app.command()
+def bound(
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar="[PRESET | STUDY.toml]", help="A preset or a study; without one, presets are listed."),
+    ] = None,
+    example: Example = False,
+    hidden: Annotated[str | None, typer.Option(help="Widths of one to three hidden layers, as in 600,600.")] = None,
+    labels: Annotated[str | None, typer.Option(help="true, random or both; both unless told.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Classes of digits: 2 (0-4 against 5-9) or 10.")] = None,
+    posteriors: Annotated[
+        str | None, typer.Option(help="Posteriors separated by commas, such as diagonal,kronecker; all unless told.")
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="Probability with which each bound may fail; 0.05 unless told.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples n to train on and to compute the bound from.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes of the training over the samples.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of each optimization; 4000 unless told.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes after which each optimization ends.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Root of all random streams; 0 unless told.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Of your own copy of MNIST.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page and the results; out/bound/RUN unless told.")
+    ] = None,
+) -> None:
+    """Bound the risk on new data of networks drawn around a trained one, by PAC-Bayes with several posteriors."""
+    if example:
+        _study_path("bound", None, example)
+    from hesscope.study.bound import (
+        bound_preset_table,
+        bound_results,
+        choose_bound,
+        describe_bound,
+        prepare_bound,
+        run_bound,
+    )
+
+    told: dict[str, Any] = {
+        "hidden": None if hidden is None else _numbers("--hidden", hidden, int),
+        "posteriors": None if posteriors is None else _words(posteriors),
+        **{"labels": labels, "classes": classes, "delta": delta, "samples": samples, "epochs": epochs},
+        **{"steps": steps, "minutes": minutes, "seed": seed, "folder": folder, "out": out},
+    }
+    given = {name: value for name, value in told.items() if value is not None}
+    if what is None:
+        if given:
+            raise InputError(f"--{next(iter(given))} needs a preset to go with (hesscope bound lists them)")
+        _print_table(bound_preset_table(), left=True)
+        return
+    if what.endswith(".toml"):
+        if given:
+            raise InputError(f"--{next(iter(given))} is for presets; a STUDY.toml says it (hesscope bound --example)")
+        from hesscope.study.config import read_config
+
+        run = prepare_bound(read_config(Path(what)), Path(what).parent)
+    else:
+        run = choose_bound(what, **given)
+    from hesscope.report.bound_page import write_bound_page
+    from hesscope.report.bound_words import bound_headline, bound_table
+
+    try:
+        _carry_out(run, describe_bound, run_bound)
+    except KeyboardInterrupt:
+        if reached := bound_results(run):  # every one of them holds
+            _print_findings(bound_headline(reached), bound_table(reached))
+        raise
+    print(WRITING, flush=True)
+    found = bound_results(run)
+    _print_findings(bound_headline(found), bound_table(found))
+    page = write_bound_page(run.folder, found, _command(), run.title)
     print(f"page: {page.resolve()}")
 
 

@@ -3,7 +3,20 @@
 from hesscope.data.digits import digits
 from hesscope.data.image_sets import image_set
 from hesscope.data.labelled import LabelledData
+from hesscope.data.patch_population import PatchPopulation, patch_population
 from hesscope.data.photographs import photographs
+from hesscope.data.relabelled import binary, randomly_labelled
 from hesscope.data.synthetic import clusters, gaussian
 
-__all__ = ["LabelledData", "clusters", "digits", "gaussian", "image_set", "photographs"]
+__all__ = [
+    "LabelledData",
+    "PatchPopulation",
+    "binary",
+    "clusters",
+    "digits",
+    "gaussian",
+    "image_set",
+    "patch_population",
+    "photographs",
+    "randomly_labelled",
+]

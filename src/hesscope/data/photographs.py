@@ -52,10 +52,8 @@ def photographs(
     require_positive_int("size", size)
     stride = size if stride is None else stride
     require_positive_int("stride", stride)
-    pictures = _pictures()
-    smallest = min(pictures.shape[2:])
-    if size > smallest:
-        raise InputError(f"size must be at most {smallest}, the height of the photographs, got {size}")
+    pictures = load_pictures()
+    require_size_fits(size, pictures)
 
     # A view: [2, grid rows, grid columns, 3, size, size]. Only patches that are drawn are copied.
     grid = pictures.unfold(2, size, stride).unfold(3, size, stride).permute(0, 2, 3, 1, 4, 5)
@@ -64,8 +62,7 @@ def photographs(
     photograph, row, column = (torch.from_numpy(part) for part in np.unravel_index(order.numpy(), shape))
     inputs = grid[photograph, row, column].to(dtype or torch.get_default_dtype()) / 255
     if standardize:
-        deviation, mean = torch.std_mean(pictures.double() / 255, dim=(0, 2, 3), correction=0)
-        inputs = (inputs - _by_colour(mean, inputs)) / _by_colour(deviation, inputs)
+        inputs = standardized(inputs, pictures)
 
     labels, classes = photograph, 2
     if kind == "region":
@@ -76,11 +73,24 @@ def photographs(
     return LabelledData(name, inputs.flatten(1) if flat else inputs, labels, classes)
 
 
-def _pictures() -> Tensor:
+def load_pictures() -> Tensor:
     """[2, 3, 427, 640] bytes."""
     from sklearn.datasets import load_sample_images  # here, so that hesscope's core needs no scikit-learn
 
     return torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
+
+
+def require_size_fits(size: int, pictures: Tensor) -> None:
+    """Raise unless a square of `size` pixels lies within every picture."""
+    smallest = min(pictures.shape[2:])
+    if size > smallest:
+        raise InputError(f"size must be at most {smallest}, the height of the photographs, got {size}")
+
+
+def standardized(inputs: Tensor, pictures: Tensor) -> Tensor:
+    """Inputs [..., 3, height, width] in [0, 1], scaled as gives every colour of all pictures mean 0 and variance 1."""
+    deviation, mean = torch.std_mean(pictures.double() / 255, dim=(0, 2, 3), correction=0)
+    return (inputs - _by_colour(mean, inputs)) / _by_colour(deviation, inputs)
 
 
 def _by_colour(values: Tensor, inputs: Tensor) -> Tensor:

@@ -133,6 +133,20 @@ class Objective:
         view._inspection = replace(self._inspection, unused=tuple(n for n in self.unused if n in space.names))
         return view
 
+    def at(self, parameters: Tensor) -> Objective:
+        """The same function at other parameters [P], with a model of its own that has them.
+
+        Raises:
+            InputError: a vector of another length.
+        """
+        view = copy.copy(self)
+        view.model, view.symmetric = copy.deepcopy(self.model), set(self.symmetric)
+        own = dict(view.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in self.parameters.unflatten(parameters).items():
+                own[name].copy_(tensor)
+        return view
+
     def __repr__(self) -> str:
         unused = f", unused: {', '.join(self.unused)}" if self.unused else ""
         return (

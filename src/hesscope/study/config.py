@@ -17,7 +17,8 @@ HEAD = """\
 #                            or:  hesscope advise STUDY.toml    (which partition it is block-diagonal in)
 #                            or:  hesscope layers STUDY.toml    (how near each layer's is to a Kronecker product)
 #                            or:  hesscope track STUDY.toml     (how it changes along checkpoints of its training)
-# The last four have a section each, which their --example prints: hesscope track --example, and so on.
+#                            or:  hesscope bound STUDY.toml     (how large its risk on new data can be at most)
+# The last five have a section each, which their --example prints: hesscope track --example, and so on.
 # Relative paths are relative to this file; so are the modules named below.
 
 # The network: a function that returns a torch.nn.Module, and what to call it with.
@@ -130,6 +131,27 @@ threshold = 0.9
 # The smallest value that the loss can have; the loss of no checkpoint may be below it.
 optimum = 0.0
 """,
+    "bound": """
+# For bound; every line of it may be left out, and so may all of it. `checkpoint` above is needed then: the trained
+# parameters. `data` must be the samples that they were trained on, independent of each other, with one label each; and
+# `model` must make the network as it was before training, the same each time it is called.
+[bound]
+# Of "isotropic", "diagonal", "diagonal_optimized", "kronecker", "kronecker_optimized" and "kronecker_refreshed"; all
+# unless told.
+# posteriors = ["diagonal", "kronecker"]
+# Probability with which each bound may fail.
+delta = 0.05
+# Steps of each optimization, and minutes after which it ends in any case.
+steps = 4000
+# minutes = 10
+# The bound is of the classification error, or with this line of min(loss, B) / B, for any loss.
+# loss_bound = 4.0
+# Samples that were not trained on, to be set beside the bound: a function as that of `data`.
+# held_out = "my_code:test_data"
+# held_out_arguments = { samples = 1000 }
+# The parameters before training (.pt or .safetensors), if they are not those that `model` makes.
+# prior = "initial.safetensors"
+""",
 }
 
 # All that a STUDY.toml may say.
@@ -198,6 +220,21 @@ class TrackConfig(BaseModel):
     optimum: float = Field(default=0.0, allow_inf_nan=False)
 
 
+class BoundConfig(BaseModel):
+    """The keys of STUDY.toml's section [bound] (see EXAMPLE)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    posteriors: list[str] | None = Field(default=None, min_length=1)
+    delta: float = Field(default=0.05, gt=0, lt=1)
+    steps: int = Field(default=4000, ge=1)
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    loss_bound: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    held_out: str | None = None
+    held_out_arguments: dict[str, Any] = Field(default_factory=dict)
+    prior: str | None = Field(default=None, min_length=1)
+
+
 class StudyConfig(BaseModel):
     """The keys of STUDY.toml (see EXAMPLE); relative paths are relative to the file."""
 
@@ -218,6 +255,7 @@ class StudyConfig(BaseModel):
     advise: AdviseConfig = Field(default_factory=AdviseConfig)
     layers: LayersConfig = Field(default_factory=LayersConfig)
     track: TrackConfig = Field(default_factory=TrackConfig)
+    bound: BoundConfig = Field(default_factory=BoundConfig)
 
 
 def read_config(path: Path) -> StudyConfig:
@@ -249,6 +287,7 @@ def _in_words(problem: Any) -> str:
             "advise": AdviseConfig,
             "layers": LayersConfig,
             "track": TrackConfig,
+            "bound": BoundConfig,
         }
         section = sections.get(str(problem["loc"][0]), StudyConfig)
         return f"unknown key {key!r}{nearest(str(problem['loc'][-1]), section.model_fields)}"

@@ -1,0 +1,152 @@
+"""Risk of the Gibbs classifier, which draws a network from the posterior for every input anew (MATH.md, section 6).
+
+Where the layers' outputs can be drawn in place of their weights (see `reparametrized`), each sample has a network of
+its own, so that a pass over n samples is n independent draws. Elsewhere whole networks are drawn, and each counts once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscope.core.checks import require_positive_int
+from hesscope.core.records import Provenance
+from hesscope.core.rng import stream
+from hesscope.estimate.estimate import Estimate
+from hesscope.layerwise.gaussians import Posterior, generator_of
+from hesscope.layerwise.reparametrized import is_local, reparametrized
+from hesscope.layerwise.risk import Risk, in_chunks, require_risk
+from hesscope.objective import Objective
+
+# Draws unless told: of samples with a network of their own, and of whole networks.
+LOCAL_DRAWS, NETWORK_DRAWS = 200_000, 300
+
+# Whole networks that are drawn at once.
+TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class DrawnRisk:
+    """Mean of so many independent draws in [0, 1], and its standard error (nan from one draw)."""
+
+    mean: float
+    draws: int
+    stderr: float
+
+
+def draw_risk(
+    objective: Objective, posterior: Posterior, risk: Risk, draws: int, local: bool, seed: int, *path: str | int
+) -> DrawnRisk:
+    """Mean risk on the data of networks drawn from the posterior.
+
+    Args:
+        draws: how many at least; a multiple of the number of samples if local.
+        local: whether samples have networks of their own (`is_local`).
+        seed, path: of the random stream.
+    """
+    generator = generator_of(stream(seed, "gibbs", *path), objective.parameters.device)
+    if local:
+        return _by_samples(objective, posterior, risk, draws, generator)
+    return _by_networks(objective, posterior, risk, draws, generator)
+
+
+def stochastic_risk(
+    objective: Objective,
+    distribution: Posterior,
+    draws: int | None = None,
+    seed: int = 0,
+    loss_bound: float | None = None,
+) -> Estimate:
+    """Mean risk, on the objective's data, of networks drawn from a posterior; the data may be held out.
+
+    Args:
+        objective: of the same network with any data.
+        distribution: of a PacBayesBound.
+        draws: 200,000 of samples' own networks, or 300 whole networks, unless told.
+        seed: of the draws.
+        loss_bound: as of `hesscope.pac_bayes_bound`.
+
+    Raises:
+        InputError: as of `hesscope.pac_bayes_bound`.
+    """
+    risk = require_risk(objective, loss_bound)
+    local = is_local(objective, distribution)
+    if draws is not None:
+        require_positive_int("draws", draws)
+    found = draw_risk(objective, distribution, risk, draws or default_draws(local), local, seed, "stochastic risk")
+    space = objective.parameters
+    made = Provenance(
+        engine=engine(local),
+        dtype=str(space.dtype).removeprefix("torch."),
+        device=str(space.device),
+        data_fingerprint=objective.data_fingerprint,
+        seed=seed,
+    )
+    return Estimate(
+        found.mean, found.stderr, None, None, found.draws - 1, found.draws, 0, True, f"{found.draws:,} draws", made
+    )
+
+
+def default_draws(local: bool) -> int:
+    """Draws unless told."""
+    return LOCAL_DRAWS if local else NETWORK_DRAWS
+
+
+def engine(local: bool) -> str:
+    """How networks are drawn, in words."""
+    return "a network for every sample (local reparametrization)" if local else "whole networks"
+
+
+def _by_samples(
+    objective: Objective, posterior: Posterior, risk: Risk, draws: int, generator: torch.Generator
+) -> DrawnRisk:
+    prior = posterior.prior_mean()
+    total, squares, done, passes = 0.0, 0.0, 0, 0
+    while done < draws:  # whole passes: every sample counts equally
+        with objective.evaluating() as (_, batches), torch.no_grad():
+            for index, batch in in_chunks(batches):
+                with reparametrized(objective, posterior.groups, generator):
+                    outputs, targets = objective.outputs_and_targets(prior, batch, index)
+                risks = risk.of(objective, outputs, targets).double()
+                total, squares = total + float(risks.sum()), squares + float(risks.square().sum())
+                done += len(risks)
+        passes += 1
+    mean = min(total / done, 1.0)
+    # Draws at different samples have different means: this is not below the standard error.
+    return DrawnRisk(mean, done, sqrt(max(squares / done - mean**2, 0.0) / done) if done > 1 else float("nan"))
+
+
+def _by_networks(
+    objective: Objective, posterior: Posterior, risk: Risk, draws: int, generator: torch.Generator
+) -> DrawnRisk:
+    risks: list[float] = []
+    while len(risks) < draws:
+        thetas = torch.stack([posterior.draw(generator) for _ in range(min(TOGETHER, draws - len(risks)))])
+        totals, samples = torch.zeros(len(thetas), dtype=torch.float64), 0
+        with objective.evaluating() as (_, batches), torch.no_grad():
+            for index, batch in in_chunks(batches):
+                outputs, targets = _outputs_of_several(objective, thetas, batch, index)
+                totals += torch.stack([risk.of(objective, each, targets).double().sum().cpu() for each in outputs])
+                samples += len(outputs[0])
+        risks += (totals / samples).clamp(max=1.0).tolist()
+    found = torch.tensor(risks, dtype=torch.float64)
+    return DrawnRisk(float(found.mean()), draws, float(found.std() / sqrt(draws)) if draws > 1 else float("nan"))
+
+
+def _outputs_of_several(objective: Objective, thetas: Tensor, batch: Any, index: int) -> tuple[Tensor, Tensor]:
+    """Outputs [K, ...] of networks [K, P] on one batch, and the targets."""
+    found: list[Tensor] = []
+
+    def outputs(theta: Tensor) -> Tensor:
+        made, targets = objective.outputs_and_targets(theta, batch, index)
+        found.append(targets)
+        return made
+
+    try:
+        return torch.func.vmap(outputs)(thetas), found[-1]
+    except Exception:  # control flow that depends on values, in-place writes, ...: what vmap cannot do, a loop can
+        return torch.stack([outputs(theta) for theta in thetas]), found[-1]

@@ -1,0 +1,92 @@
+"""The prior's mean: a network that was fixed before the data, and what would make it depend on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscope.core.errors import InputError
+from hesscope.objective import Objective
+
+
+def prior_vector(objective: Objective, prior: Any) -> Tensor:
+    """Vector [P] of the prior's mean.
+
+    Args:
+        prior: the network at initialization, its state dict or a dict of its parameters, or a vector [P].
+
+    Raises:
+        InputError: it does not fit the network, or depends on the data: it is the trained network itself or shares a
+            tensor with it, or buffers (running statistics of a batch norm) have changed since.
+    """
+    space = objective.parameters
+    trained = {name: p.detach() for name, p in objective.model.named_parameters() if name in space.names}
+    if isinstance(prior, Tensor):
+        if prior.shape != (space.size,):
+            raise InputError(f"prior has shape {list(prior.shape)}, the network has {space.size} trainable parameters")
+        if not prior.is_floating_point():
+            raise InputError(f"prior must be of floating-point numbers, got {prior.dtype}")
+        _require_fixed(objective, {})
+        given = space.unflatten(prior.detach())
+    else:
+        tensors = _tensors(prior)
+        missing = [name for name in space.names if name not in tensors]
+        if missing:
+            raise InputError(f"prior lacks the parameter {missing[0]!r}; it has {', '.join(tensors) or 'none'}")
+        given = {name: tensors[name] for name in space.names}
+        for name, tensor in given.items():
+            if tensor.shape != trained[name].shape:
+                raise InputError(
+                    f"prior has {name!r} of shape {list(tensor.shape)}, the network of {list(trained[name].shape)}"
+                )
+            if tensor.untyped_storage().data_ptr() == trained[name].untyped_storage().data_ptr():
+                raise InputError(
+                    f"prior depends on the data: its {name!r} is the trained network's own tensor (state_dict() shares "
+                    "memory with the network); pass a copy made before training, copy.deepcopy(model)"
+                )
+        _require_fixed(objective, tensors)
+    given = {name: tensor.to(space.device, space.dtype) for name, tensor in given.items()}
+    if all(bool((tensor == trained[name].to(space.dtype)).all()) for name, tensor in given.items()):
+        raise InputError(
+            "prior depends on the data: it equals the trained network; pass the network as it was before training"
+        )
+    vector = space.flatten(given)
+    if not bool(vector.isfinite().all()):
+        raise InputError("prior has entries that are not finite")
+    return vector
+
+
+def _tensors(prior: Any) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    if isinstance(prior, nn.Module):
+        return {
+            **{name: p.detach() for name, p in prior.named_parameters(remove_duplicate=False)},
+            **dict(prior.named_buffers(remove_duplicate=False)),
+        }
+    if isinstance(prior, Mapping) and all(isinstance(value, Tensor) for value in prior.values()):
+        return {str(name): value.detach() for name, value in prior.items()}
+    raise InputError(
+        "prior must be the network at initialization, its state dict or a vector of its trainable parameters, got "
+        f"{type(prior).__name__}"
+    )
+
+
+def _require_fixed(objective: Objective, prior: Mapping[str, Tensor]) -> None:
+    """Raise unless what is not trained by gradients is as it was before the data, as far as the prior says."""
+    model, trained = objective.model, objective.parameters.names
+    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    fixed = {**buffers, **{name: p.detach() for name, p in model.named_parameters() if name not in trained}}
+    for name, tensor in fixed.items():
+        if name in prior and not torch.equal(prior[name].to(tensor), tensor):
+            raise InputError(
+                f"{name!r} has changed since the prior, but is not among the trained parameters: what was fitted to "
+                "the data in another way (running statistics of a batch norm) makes the prior depend on them"
+            )
+        if name not in prior and name in buffers:
+            raise InputError(
+                f"prior does not say what the buffer {name!r} was before the data: pass the network at initialization "
+                "or its whole state dict"
+            )

@@ -1,0 +1,119 @@
+"""Outputs of layers drawn in place of their weights, sample by sample (Kingma, Salimans, Welling, arXiv:1506.02557).
+
+For W normal and diagonal in the axes u_i v_j^T, and one x, the coordinates of W x along the u_i are independent and
+normal, with variances sum_j variance_ij (v_j . x)^2. Drawing them anew for every sample is drawing a network for every
+sample. It needs every random parameter to sit in a linear layer that meets each sample exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hesscope.layerwise.gaussians import GroupPosterior, Posterior, noise_like
+from hesscope.layerwise.taps import calls_of
+from hesscope.objective import Objective
+
+
+@dataclass
+class Drawn:
+    """A layer's output in one forward pass.
+
+    Attributes:
+        made: what the network goes on with; mean: of it given the layer's input, [n, outputs]; variance: [n, outputs]
+            along the left axes, which are `left`.
+    """
+
+    made: Tensor
+    mean: Tensor
+    variance: Tensor
+    left: Tensor | None
+
+
+@contextmanager
+def reparametrized(
+    objective: Objective, groups: Sequence[GroupPosterior], generator: torch.Generator | None
+) -> Iterator[list[Drawn]]:
+    """Context in which the network, called at the prior's mean, is one of its own for every sample.
+
+    Without a generator it is the network at the posterior's mean. Yields what the layers made, in their order.
+    """
+    drawn: list[Drawn] = []
+    with ExitStack() as stack:
+        for each in groups:
+            module = objective.model.get_submodule(each.group.name)
+            stack.callback(module.register_forward_hook(_hook(each, generator, drawn), with_kwargs=True).remove)
+        yield drawn
+
+
+def is_local(objective: Objective, posterior: Posterior) -> bool:
+    """Whether the posterior's networks can be drawn sample by sample.
+
+    The structure says so, and the network at the posterior's mean is the same by its parameters and by its layers'
+    outputs on the first batch (it would not be if a weight were used beside its layer).
+    """
+    layers = [each.group.layer for each in posterior.groups]
+    if any(layer is None or layer.kind != "linear" for layer in layers):
+        return False
+    if any(calls != (1, 1) for calls in calls_of(objective, [layer for layer in layers if layer]).values()):
+        return False
+    prior, mean = posterior.prior_mean(), posterior.mean()
+    with objective.evaluating() as (_, batches), torch.no_grad():
+        index, batch = next(iter(batches))
+        wanted, _ = objective.outputs_and_targets(mean, batch, index)
+        with reparametrized(objective, posterior.groups, None) as drawn:
+            found, _ = objective.outputs_and_targets(prior, batch, index)
+        one_each = all(each.mean.ndim == 2 and len(each.mean) == len(wanted) for each in drawn)
+    allowed = 1e5 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
+    return one_each and bool(((found - wanted).abs() <= allowed).all())
+
+
+def error_probability(drawn: Drawn, labels: Tensor) -> Tensor:
+    """Mean over samples of sum_c P(output c > output of the label), the last layer's draws integrated out.
+
+    It is the classification error for two classes, and never below it: a differentiable bound without a temperature.
+
+    Args:
+        drawn: of the layer whose output is the network's; labels: [n].
+    """
+    rows = labels.unsqueeze(1)
+    left, variance = drawn.left, drawn.variance
+    if left is None:
+        spread = variance + variance.gather(1, rows)
+    else:
+        squares = variance @ left.square().T
+        spread = squares + squares.gather(1, rows) - 2 * ((left[labels] * variance) @ left.T)
+    margins = drawn.mean.gather(1, rows) - drawn.mean
+    tiny = torch.finfo(spread.dtype).eps * variance.detach().mean()  # differences may be rounded below 0
+    wrong: Tensor = torch.special.ndtr(-margins / (spread.clamp(min=0.0) + tiny).sqrt())
+    return wrong.scatter(1, rows, 0.0).sum(1).mean()
+
+
+def _hook(each: GroupPosterior, generator: torch.Generator | None, drawn: list[Drawn]) -> Any:
+    layer, left, right = each.group.layer, each.axes.left, each.axes.right
+    assert layer is not None
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, made: Tensor) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if layer.bias:
+            x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+        turned = x if right is None else x @ right
+        shift = functional.linear(turned, each.shift)
+        mean = made + (shift if left is None else shift @ left.T)
+        variance = functional.linear(turned.square(), each.variance)
+        if generator is None:
+            drawn.append(Drawn(mean, mean, variance, left))
+            return mean
+        # The least number keeps the root's derivative finite where nothing is random.
+        noise = (variance + torch.finfo(variance.dtype).tiny).sqrt() * noise_like(variance, generator)
+        made = mean + (noise if left is None else noise @ left.T)
+        drawn.append(Drawn(made, mean, variance, left))
+        return made
+
+    return hook
