@@ -18,6 +18,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 
 import hesscope as hs
+from benchmarks.bounds import bounds
 from benchmarks.curvature import curvature
 from benchmarks.dynamics import dynamics
 from benchmarks.layerwise import layerwise
@@ -31,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
-        "--only", choices=["curvature", "structure", "layerwise", "dynamics", "rest"], help="one of the parts"
+        "--only", choices=["curvature", "structure", "layerwise", "dynamics", "bounds", "rest"], help="one of the parts"
     )
     asked = parser.parse_args()
     if asked.only in (None, "curvature"):
@@ -42,6 +43,8 @@ def main() -> None:
         store("layerwise", layerwise(), "cpu")
     if asked.only in (None, "dynamics") and asked.device == "cpu":
         store("dynamics", dynamics(), "cpu")
+    if asked.only in (None, "bounds") and asked.device == "cpu":
+        store("bounds", bounds(), "cpu")
     if asked.only in (None, "rest") and asked.device == "cpu":
         rows = [*start_up(), *products(), *closed_forms(), *output_layers(), *theory(), *commands()]
         print_table(rows)

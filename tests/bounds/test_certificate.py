@@ -212,7 +212,7 @@ def test_what_would_not_hold_is_refused(change, message):
 def test_enough_samples(groups, vacuous):
     """The number that the message names is enough, and one less is not; a certificate agrees."""
     with pytest.raises(
-        InputError, match=f"n = 2 samples are too few for a grid of 121 .* each of {groups} groups"
+        InputError, match=f"n = 2 samples are too few for a grid of 2315 .* each of {groups} groups"
     ) as error:
         require_enough_samples(2, 0.05, groups, DEFAULT_GRID, vacuous)
     needed = int(str(error.value).partition("at least n = ")[2].partition(",")[0])
@@ -220,7 +220,7 @@ def test_enough_samples(groups, vacuous):
     with pytest.raises(InputError, match=f"at least n = {needed},"):
         require_enough_samples(needed - 1, 0.05, groups, DEFAULT_GRID, vacuous)
     best = [
-        1 - (2 * sqrt(n) / 0.05 * 121**groups) ** (-1 / n)  # of no errors: (1 - p)^n is what the complexity allows
+        1 - (2 * sqrt(n) / 0.05 * 2315**groups) ** (-1 / n)  # of no errors: (1 - p)^n is what the complexity allows
         for n in (needed - 1, needed)
     ]
     assert best[0] >= vacuous > best[1]

@@ -17,17 +17,17 @@ def test_geometric():
 
 
 def test_default():
-    assert (len(DEFAULT_GRID), DEFAULT_GRID.values[0], DEFAULT_GRID.values[-1]) == (121, 1e-8, 1e2)
-    np.testing.assert_allclose(np.diff(np.log10(DEFAULT_GRID.values)), 1 / 12, rtol=1e-10)
+    assert (len(DEFAULT_GRID), DEFAULT_GRID.values[0], DEFAULT_GRID.values[-1]) == (2315, 1e-8, 1e2)
+    np.testing.assert_allclose(np.diff(np.log(DEFAULT_GRID.values)), np.log(1.01), rtol=2e-4)
 
 
 def test_default_is_fine_enough():
-    """With the best variance halfway between two of the grid: 0.0023 nats a parameter, as its comment says."""
-    best = float(np.sqrt(DEFAULT_GRID.values[60] * DEFAULT_GRID.values[61]))
+    """With the best variance halfway between two of the grid: 6e-6 nats a parameter, as its comment says."""
+    best = float(np.sqrt(DEFAULT_GRID.values[1200] * DEFAULT_GRID.values[1201]))
     v = best * np.array([1e-3, 0.1, 0.9])
     shift = np.sqrt(best - v)  # the best variance is the mean of v + shift^2
-    lost = [diagonal_gaussian_kl(shift, v, prior).total for prior in (DEFAULT_GRID.values[60], best)]
-    assert (lost[0] - lost[1]) / 3 == pytest.approx(0.0023, rel=0.05)
+    lost = [diagonal_gaussian_kl(shift, v, prior).total for prior in (DEFAULT_GRID.values[1200], best)]
+    assert (lost[0] - lost[1]) / 3 == pytest.approx(6.2e-6, rel=0.05)
 
 
 @pytest.mark.parametrize("groups", [1, 3, 20])
@@ -43,7 +43,7 @@ def test_nearest_in_log_distance():
     grid = VarianceGrid([0.01, 1.0, 100.0])
     assert [grid.nearest(value) for value in (1e-9, 0.09, 0.11, 1.0, 9.0, 11.0, 1e9)] == [0, 0, 1, 1, 1, 2, 2]
     values = DEFAULT_GRID.values
-    assert [DEFAULT_GRID.nearest(value) for value in values] == list(range(121))
+    assert [DEFAULT_GRID.nearest(value) for value in values] == list(range(len(values)))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import hesscope as hs
+from hesscope.core.errors import InputError
 from tests.helpers import (
     CUT,
     F64,
@@ -19,6 +20,8 @@ from tests.helpers import (
     randint,
     randn,
     relative_error,
+    same,
+    snapshot,
 )
 
 N, C = 12, 3
@@ -205,3 +208,82 @@ def test_token_logits_have_classes_on_the_last_axis():
     assert obj.value() == pytest.approx(
         functional.cross_entropy(model(x).flatten(0, 1), labels.flatten()).item(), rel=1e-13
     )
+
+
+# --- the same function elsewhere --------------------------------------------------------------------------------------
+
+
+def test_at_other_parameters_it_is_the_same_function():
+    model = build("gelu, bias")
+    obj = hs.Objective(model, nn.CrossEntropyLoss(weight=WEIGHTS), cut(X, LABELS))
+    before, value = snapshot(model), obj.value()
+    theta = flat_parameters(model) + 0.3 * randn(obj.parameters.size, seed=9)
+    moved = obj.at(theta)
+    loss = nn.CrossEntropyLoss(weight=WEIGHTS)(call_flat(model, theta, X), LABELS)
+    gradient = torch.autograd.grad(
+        nn.CrossEntropyLoss(weight=WEIGHTS)(call_flat(model, theta.requires_grad_(), X), LABELS), theta
+    )[0]
+    assert moved.value() == pytest.approx(loss.item(), rel=1e-13)
+    assert relative_error(moved.gradient(), gradient) < 1e-12
+    assert torch.equal(flat_parameters(moved.model), theta)
+    assert same(snapshot(model), before) and obj.value() == value
+    assert moved.model is not model and moved.parameters == obj.parameters
+    assert (moved.num_terms, moved.data_fingerprint) == (obj.num_terms, obj.data_fingerprint)
+
+
+def test_at_is_a_copy_of_its_own():
+    """Neither follows the other, nor the vector; what has been found out about one is not told to the other."""
+    model = build("gelu, bias")
+    obj = hs.Objective(model, "cross_entropy", (X, LABELS))
+    theta = flat_parameters(model) * 1.5
+    moved = obj.at(theta)
+    value = moved.value()
+    theta.zero_()
+    with torch.no_grad():
+        model[0].weight.mul_(2.0)
+    assert moved.value() == value
+    with moved.evaluating() as (point, batches):
+        index, batch = next(iter(batches))
+        moved.pieces(point, batch, index, 2)
+    moved.symmetric.add("anything")
+    assert not obj._independent and "anything" not in obj.symmetric
+    assert obj.value() != value
+
+
+def test_at_of_a_restriction_keeps_the_other_parameters():
+    model = build("gelu, bias")
+    view = hs.Objective(model, "cross_entropy", (X, LABELS)).restricted(["2.weight"])
+    moved = view.at(torch.zeros(view.parameters.size, dtype=F64))
+    truth = dict(model.named_parameters()) | {"2.weight": torch.zeros_like(model[2].weight)}
+    outputs = torch.func.functional_call(model, truth, (X,))
+    assert moved.value() == pytest.approx(functional.cross_entropy(outputs, LABELS).item(), rel=1e-13)
+    assert moved.gradient().shape == (view.parameters.size,)
+
+
+def test_at_keeps_parameters_tied():
+    model = Tied().double()
+    obj = hs.Objective(model, "cross_entropy", (X, LABELS % 2))
+    theta = randn(obj.parameters.size, seed=4)
+    moved = obj.at(theta)
+    assert moved.model.second.weight is moved.model.first.weight
+    assert moved.value() == pytest.approx(
+        functional.cross_entropy(call_flat(model, theta, X), LABELS % 2).item(), rel=1e-13
+    )
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))[:, :2]
+
+
+def test_at_refuses_vectors_of_another_length():
+    obj = hs.Objective(build("linear"), "cross_entropy", (X, LABELS))
+    with pytest.raises(InputError, match=r"unflatten needs a vector of shape \(12,\), got \(11,\)"):
+        obj.at(torch.zeros(11, dtype=F64))

@@ -155,12 +155,15 @@ def test_headline_has_guarantee_truth_and_basis():
     said = plain(bound_headline(everything()[:5]))
     assert said == (
         "With 95 % confidence (91 % counting that it is the lowest of 5) the classification error of the 192-600-2 "
-        "ReLU network, its weights drawn around the trained ones (Kronecker, optimized), is at most 8.50 %: the truth "
+        "ReLU network, its weights drawn at random (posterior: Kronecker, optimized), is at most 8.50 %: the truth "
         "is 1.62 ± 0.03 %, and the Kronecker basis lowers the bound by 2.30 ± 0.06 points against the diagonal one, "
         "both optimized."
     )
     assert (
-        plain(bound_headline(everything())).count("(Kronecker, refreshed), is at most 8.30 %: the truth is 1.58") == 1
+        plain(bound_headline(everything())).count(
+            "(posterior: Kronecker, refreshed), is at most 8.30 %: the truth is 1.58"
+        )
+        == 1
     )
     assert bound_headline([]) == "No bound has been computed yet."
 
@@ -172,8 +175,8 @@ def test_headline_of_closed_forms_and_of_what_is_held_out():
     assert said.endswith("by 7.50 ± 0.05 points against the diagonal one, both in closed form.")
     unknown = {"held_out_risk": NAN, "held_out_stderr": NAN, "held_out_what": "", "network_held_out": NAN}
     assert plain(bound_headline([result(delta=0.01, **unknown)])) == (
-        "With 99 % confidence the classification error of the 192-600-2 ReLU network, its weights drawn around the "
-        "trained ones (Kronecker), is at most 16.50 %."
+        "With 99 % confidence the classification error of the 192-600-2 ReLU network, its weights drawn at "
+        "random (posterior: Kronecker), is at most 16.50 %."
     )
 
 
@@ -230,7 +233,7 @@ def test_the_basis_is_compared_on_true_labels_of_the_same_kind():
     found, _ = said_of(pair)
     assert found[1].endswith("of the diagonal one (Kronecker, optimized is at step 1200 of 4000).")
     assert "Kronecker basis" not in bound_headline(pair)  # it is not finished
-    assert "(Kronecker, optimized, step 1200 of 4000), is at most" in plain(bound_headline(pair))
+    assert "(posterior: Kronecker, optimized, step 1200 of 4000), is at most" in plain(bound_headline(pair))
     everywhere = {"fc1": "its inputs have no second axis", "fc2": "so have these"}
     found, _ = said_of([result("kronecker", fallback=everywhere), result("diagonal")])
     assert "but every layer fell back to the diagonal" in found[1]
@@ -289,6 +292,7 @@ def test_table_of_bounds():
     assert (*rows[3][:2], *rows[3][-2:-1]) == ("random", "diagonal, optimized", "4000 steps")
     assert rows[3][5] == "50.0 %"
     assert rows[4][5] == "—"
+    assert [row[0] for row in bound_table(everything())] == ["labels", *["true"] * 6, *["random"] * 6]
 
 
 def test_tables_of_layers_and_of_fallback():
@@ -463,9 +467,11 @@ def test_zero_and_negative_curvature_is_told(drawn, tmp_path):
     assert math.isnan(bound_figures.left_edge([replace(line, curvature=-values.clip(0))]))
 
 
-@pytest.mark.parametrize("groups", [("fc",), tuple(f"blocks.{number}.attention.dense" for number in range(8))])
+@pytest.mark.parametrize("groups", [("fc",), tuple(f"blocks.attention.dense.{number}" for number in range(8))])
 def test_one_layer_and_many(groups, drawn, tmp_path):
     text = text_of(write_bound_page(tmp_path, [result(groups=groups), result("diagonal", groups=groups)], "x"))
+    titles = [axes.get_title() for axes in drawn["deviations"].axes if axes.get_visible()]
+    assert [title.split(":")[0][-12:] for title in titles] == [group[-12:] for group in groups[:4]]  # of the largest KL
     visible = [axes for axes in drawn["deviations"].axes if axes.get_visible()]
     assert len(visible) == min(len(groups), 4)
     assert ("Of 8 layers the 4 of the largest divergence are drawn." in text) == (len(groups) == 8)
@@ -514,6 +520,14 @@ def test_odd_results_have_a_page(name, drawn, tmp_path):
     assert ('id="posterior"' in text) == ("deviations" in drawn) == (name != "no spreads")
     assert ("guessing" in text.split('id="ingredients"')[0]) == (name != "no classes")
     assert len(bound_table(results)) == 1 + len(results)
+
+
+def test_failed_bounds_and_fallback_are_on_the_page(drawn, tmp_path):
+    failed = result(held_out_risk=0.2, fallback={"fc2": "why not"})
+    text = text_of(write_bound_page(tmp_path, [failed], "x"))
+    assert text.count('<p class="warning">This bound has failed (true labels, Kronecker)') == 1
+    assert '<td>fc2</td><td class="wrap">why not</td><td class="wrap">Kronecker</td>' in text
+    assert 'class="warning"' not in text_of(write_bound_page(tmp_path, [result()], "x"))
 
 
 def test_no_result_is_refused(tmp_path):

@@ -1,7 +1,15 @@
 import pytest
 
 from hesscope.core.errors import InputError
-from hesscope.study.config import EXAMPLE, SECTIONS, SpectrumConfig, StudyConfig, example_study, read_config
+from hesscope.study.config import (
+    EXAMPLE,
+    SECTIONS,
+    BoundConfig,
+    SpectrumConfig,
+    StudyConfig,
+    example_study,
+    read_config,
+)
 
 MINIMAL = 'model = "a:b"\ndata = "c:d"\noutput = "out"\n'
 
@@ -15,7 +23,7 @@ def write(tmp_path, text):
 def test_the_example_is_valid_and_mentions_every_key(tmp_path):
     config = read_config(write(tmp_path, EXAMPLE))
     assert config.partition == "row"
-    for key in [*StudyConfig.model_fields, *SpectrumConfig.model_fields]:
+    for key in [*StudyConfig.model_fields, *SpectrumConfig.model_fields, *BoundConfig.model_fields]:
         assert f"{key} =" in EXAMPLE or f"[{key}]" in EXAMPLE
 
 
@@ -38,6 +46,9 @@ def test_defaults(tmp_path):
         (MINIMAL + 'probes = "many"\n', "probes = 'many': input should be a valid integer"),
         (MINIMAL + "seed = 1.5\n", "seed = 1.5"),
         ("model = \n", "is not valid TOML"),
+        (MINIMAL + "[bound]\ndelta = 1.0\n", "bound.delta = 1.0: input should be less than 1"),
+        (MINIMAL + "[bound]\nposterior = []\n", "unknown key 'bound.posterior', did you mean 'posteriors'?"),
+        (MINIMAL + "[bound]\nminutes = inf\n", "bound.minutes = inf"),
         ("[model]\nfactory = 3\n", "model = {'factory': 3}: input should be a valid string"),
     ],
 )

@@ -302,9 +302,9 @@ def bound(
     told: dict[str, Any] = {
         "hidden": None if hidden is None else _numbers("--hidden", hidden, int),
         "posteriors": None if posteriors is None else _words(posteriors),
-        **{"labels": labels, "classes": classes, "delta": delta, "samples": samples, "epochs": epochs},
-        **{"steps": steps, "minutes": minutes, "seed": seed, "folder": folder, "out": out},
     }
+    told |= {"labels": labels, "classes": classes, "delta": delta, "samples": samples, "epochs": epochs}
+    told |= {"steps": steps, "minutes": minutes, "seed": seed, "folder": folder, "out": out}
     given = {name: value for name, value in told.items() if value is not None}
     if what is None:
         if given:

@@ -142,6 +142,10 @@ class Posterior:
             for each in self.groups
         )
 
+    def axes(self) -> dict[str, Axes]:
+        """Of every group."""
+        return {each.group.name: each.axes for each in self.groups}
+
     def divergences(self) -> dict[str, GaussianKL]:
         """KL(posterior || prior) of every group."""
         return {each.group.name: each.divergence for each in self.groups}

@@ -6,6 +6,7 @@ its own, so that a pass over n samples is n independent draws. Elsewhere whole n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -14,16 +15,18 @@ import torch
 from torch import Tensor
 
 from hesscope.core.checks import require_positive_int
+from hesscope.core.errors import InputError
 from hesscope.core.records import Provenance
 from hesscope.core.rng import stream
 from hesscope.estimate.estimate import Estimate
 from hesscope.layerwise.gaussians import Posterior, generator_of
 from hesscope.layerwise.reparametrized import is_local, reparametrized
-from hesscope.layerwise.risk import Risk, in_chunks, require_risk
+from hesscope.layerwise.risk import Risk, in_chunks, outputs_of_samples, require_risk
 from hesscope.objective import Objective
+from hesscope.objective.pieces import chosen, count_samples
 
 # Draws unless told: of samples with a network of their own, and of whole networks.
-LOCAL_DRAWS, NETWORK_DRAWS = 200_000, 300
+LOCAL_DRAWS, NETWORK_DRAWS = 100_000, 300
 
 # Whole networks that are drawn at once.
 TOGETHER = 8
@@ -39,7 +42,14 @@ class DrawnRisk:
 
 
 def draw_risk(
-    objective: Objective, posterior: Posterior, risk: Risk, draws: int, local: bool, seed: int, *path: str | int
+    objective: Objective,
+    posterior: Posterior,
+    risk: Risk,
+    draws: int,
+    local: bool,
+    seed: int,
+    *path: str | int,
+    share: float = 1.0,
 ) -> DrawnRisk:
     """Mean risk on the data of networks drawn from the posterior.
 
@@ -47,11 +57,12 @@ def draw_risk(
         draws: how many at least; a multiple of the number of samples if local.
         local: whether samples have networks of their own (`is_local`).
         seed, path: of the random stream.
+        share: of the samples, drawn at random, that are looked at; for choosing among posteriors only.
     """
     generator = generator_of(stream(seed, "gibbs", *path), objective.parameters.device)
     if local:
-        return _by_samples(objective, posterior, risk, draws, generator)
-    return _by_networks(objective, posterior, risk, draws, generator)
+        return _by_samples(objective, posterior, risk, draws, generator, share)
+    return _by_networks(objective, posterior, risk, draws, generator, share)
 
 
 def stochastic_risk(
@@ -66,14 +77,25 @@ def stochastic_risk(
     Args:
         objective: of the same network with any data.
         distribution: of a PacBayesBound.
-        draws: 200,000 of samples' own networks, or 300 whole networks, unless told.
+        draws: 100,000 of samples' own networks, or 300 whole networks, unless told.
         seed: of the draws.
         loss_bound: as of `hesscope.pac_bayes_bound`.
 
     Raises:
-        InputError: as of `hesscope.pac_bayes_bound`.
+        InputError: as of `hesscope.pac_bayes_bound`; a distribution that is none, or of another network's parameters.
+        DataError: samples without exactly one label each.
     """
     risk = require_risk(objective, loss_bound)
+    if not isinstance(distribution, Posterior):
+        raise InputError(
+            f"distribution must be that of a PacBayesBound (bound.distribution), got {type(distribution).__name__}"
+        )
+    own, other = objective.parameters, distribution.space
+    if (own.names, own.shapes, own.dtype) != (other.names, other.shapes, other.dtype):
+        raise InputError(
+            f"distribution is of {other.size} parameters ({str(other.dtype).removeprefix('torch.')}) with other names, "
+            f"shapes or dtype than the objective's {own.size} ({str(own.dtype).removeprefix('torch.')})"
+        )
     local = is_local(objective, distribution)
     if draws is not None:
         require_positive_int("draws", draws)
@@ -102,33 +124,32 @@ def engine(local: bool) -> str:
 
 
 def _by_samples(
-    objective: Objective, posterior: Posterior, risk: Risk, draws: int, generator: torch.Generator
+    objective: Objective, posterior: Posterior, risk: Risk, draws: int, generator: torch.Generator, share: float
 ) -> DrawnRisk:
     prior = posterior.prior_mean()
-    total, squares, done, passes = 0.0, 0.0, 0, 0
+    total, squares, done = 0.0, 0.0, 0
     while done < draws:  # whole passes: every sample counts equally
         with objective.evaluating() as (_, batches), torch.no_grad():
-            for index, batch in in_chunks(batches):
+            for index, batch in _some(in_chunks(batches), share, generator):
                 with reparametrized(objective, posterior.groups, generator):
-                    outputs, targets = objective.outputs_and_targets(prior, batch, index)
+                    outputs, targets = outputs_of_samples(objective, prior, batch, index)
                 risks = risk.of(objective, outputs, targets).double()
                 total, squares = total + float(risks.sum()), squares + float(risks.square().sum())
                 done += len(risks)
-        passes += 1
     mean = min(total / done, 1.0)
     # Draws at different samples have different means: this is not below the standard error.
     return DrawnRisk(mean, done, sqrt(max(squares / done - mean**2, 0.0) / done) if done > 1 else float("nan"))
 
 
 def _by_networks(
-    objective: Objective, posterior: Posterior, risk: Risk, draws: int, generator: torch.Generator
+    objective: Objective, posterior: Posterior, risk: Risk, draws: int, generator: torch.Generator, share: float
 ) -> DrawnRisk:
     risks: list[float] = []
     while len(risks) < draws:
         thetas = torch.stack([posterior.draw(generator) for _ in range(min(TOGETHER, draws - len(risks)))])
         totals, samples = torch.zeros(len(thetas), dtype=torch.float64), 0
         with objective.evaluating() as (_, batches), torch.no_grad():
-            for index, batch in in_chunks(batches):
+            for index, batch in _some(in_chunks(batches), share, generator):
                 outputs, targets = _outputs_of_several(objective, thetas, batch, index)
                 totals += torch.stack([risk.of(objective, each, targets).double().sum().cpu() for each in outputs])
                 samples += len(outputs[0])
@@ -137,12 +158,22 @@ def _by_networks(
     return DrawnRisk(float(found.mean()), draws, float(found.std() / sqrt(draws)) if draws > 1 else float("nan"))
 
 
+def _some(batches: Iterator[tuple[int, Any]], share: float, generator: torch.Generator) -> Iterator[tuple[int, Any]]:
+    """A share of the samples of every batch, at least one of each."""
+    for index, batch in batches:
+        if share < 1:
+            count = count_samples(batch)
+            order = torch.randperm(count, generator=generator, device=generator.device)
+            batch = chosen(batch, order[: max(1, round(share * count))])
+        yield index, batch
+
+
 def _outputs_of_several(objective: Objective, thetas: Tensor, batch: Any, index: int) -> tuple[Tensor, Tensor]:
     """Outputs [K, ...] of networks [K, P] on one batch, and the targets."""
     found: list[Tensor] = []
 
     def outputs(theta: Tensor) -> Tensor:
-        made, targets = objective.outputs_and_targets(theta, batch, index)
+        made, targets = outputs_of_samples(objective, theta, batch, index)
         found.append(targets)
         return made
 

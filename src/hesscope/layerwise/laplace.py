@@ -4,14 +4,14 @@ Along an axis with curvature h, on which training has moved the network by d, mi
 a normal distribution strength * h/2 * E(w - d)^2 + KL( . || N(0, prior)). With a = strength * h the minimum is at the
 variance 1 / (a + 1/prior) ([W]) and the mean d a prior / (1 + a prior): what flat directions have gained by training is
 given up, since it is not worth its divergence. At strength n this is Laplace's approximation of the Bayesian posterior;
-a network that fits its samples has less curvature than its neighbours, and a larger strength makes up for it.
+other strengths are tried, too, and the curvature that the posterior's own networks feel (`best_posterior`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +23,12 @@ from hesscope.layerwise.gaussians import Axes, Group, GroupPosterior, Posterior
 STRENGTHS = tuple(4.0**power for power in range(-3, 7))
 FINER = (2.0**-1.5, 2.0**-1, 2.0**-0.5, 2.0**0.5, 2.0**1, 2.0**1.5)
 
-# The grid's variances are tried so many apart at first, then one by one about the best.
-COARSE = 32
+# Times that the curvature is found again at networks drawn from the posterior; posteriors looked at in all.
+SOUNDINGS = 3
+LOOKS = (SOUNDINGS + 1) * (len(STRENGTHS) + len(FINER))
+
+# The grid's variances are tried so many apart, the last time one by one.
+APART = (81, 27, 9, 3, 1)
 
 
 def isotropic(curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,19 +74,49 @@ def laplace_posterior(
     return Posterior(kind, space, tuple(found)).with_best_priors(grid)
 
 
-def best_strength(bound_at: Callable[[float], float], progress: Callable[[int, int], None] | None = None) -> float:
-    """The strength, in units of the number of samples, of the smallest bound."""
-    bounds: dict[float, float] = {}
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A posterior, the curvature and the strength that it was made of, and its bound (from few draws)."""
 
-    def look(strengths: Sequence[float]) -> float:
+    posterior: Posterior
+    curvature: Mapping[str, Tensor]
+    strength: float
+    bound: float
+
+
+def best_posterior(
+    make: Callable[[Mapping[str, Tensor], float], Posterior],
+    bound_of: Callable[[Posterior], float],
+    curvature: Mapping[str, Tensor],
+    felt: Callable[[Posterior, int], Mapping[str, Tensor]],
+    progress: Callable[[int], None],
+) -> Found:
+    """The posterior of the smallest bound, over strengths and over curvatures.
+
+    A network that fits its samples has next to no curvature left, while the posterior of a smallest bound has the
+    precision n E[curvature] + 1/prior, the mean being over its own networks. So the curvature is found again at
+    networks drawn from the best posterior so far, SOUNDINGS times.
+
+    Args:
+        make: (curvature, strength in units of the number of samples) -> posterior; bound_of: its bound.
+        curvature: of the trained network; felt: (posterior, number of the time) -> mean over networks drawn from it.
+        progress: called with the number of posteriors looked at, of LOOKS.
+    """
+    looked: list[Found] = []
+
+    def least(curvature: Mapping[str, Tensor], strengths: Sequence[float]) -> Found:
         for strength in strengths:
-            bounds[strength] = bound_at(strength)
-            if progress is not None:
-                progress(len(bounds), len(STRENGTHS) + len(FINER))
-        return min(bounds, key=lambda strength: bounds[strength])
+            posterior = make(curvature, strength)
+            looked.append(Found(posterior, curvature, strength, bound_of(posterior)))
+            progress(len(looked))
+        return min((each for each in looked if each.curvature is curvature), key=lambda each: each.bound)
 
-    best = look(STRENGTHS)
-    return look([best * factor for factor in FINER])
+    for number in range(SOUNDINGS + 1):
+        coarse = least(curvature, STRENGTHS)
+        fine = least(curvature, [coarse.strength * factor for factor in FINER])
+        if number < SOUNDINGS:
+            curvature = felt(fine.posterior, number)
+    return min(looked, key=lambda each: each.bound)
 
 
 def _best_prior(stiffness: Tensor, moved: Tensor, grid: VarianceGrid) -> float:
@@ -92,8 +126,10 @@ def _best_prior(stiffness: Tensor, moved: Tensor, grid: VarianceGrid) -> float:
         ratio = 1 + stiffness * grid.values[index]
         return float((ratio.log() + stiffness * moved.square() / ratio).sum())
 
-    def least(indices: Sequence[int]) -> int:
-        return indices[int(np.argmin([cost(index) for index in indices]))]
-
-    best = least(range(0, len(grid), COARSE))
-    return grid.values[least(range(max(0, best - COARSE), min(len(grid), best + COARSE + 1)))]
+    tried: dict[int, float] = {}
+    candidates = range(0, len(grid), APART[0])
+    for step, finer in zip(APART, (*APART[1:], 0), strict=True):
+        tried |= {index: cost(index) for index in candidates if index not in tried}
+        best = min(tried, key=lambda index: tried[index])
+        candidates = range(max(0, best - step + finer), min(len(grid), best + step), max(finer, 1))
+    return grid.values[best]

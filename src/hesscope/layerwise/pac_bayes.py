@@ -25,10 +25,11 @@ from hesscope.bounds import (
 from hesscope.core.checks import require_choice, require_positive_int
 from hesscope.core.errors import InputError
 from hesscope.core.records import Provenance
+from hesscope.core.rng import stream
 from hesscope.layerwise import laplace
 from hesscope.layerwise.axes import curvature_along, groups_of, kronecker_axes
 from hesscope.layerwise.bound_record import PacBayesBound, Spread
-from hesscope.layerwise.gaussians import Axes, Group, GroupPosterior, Posterior
+from hesscope.layerwise.gaussians import Axes, Group, GroupPosterior, Posterior, generator_of
 from hesscope.layerwise.gibbs import DrawnRisk, default_draws, draw_risk, engine
 from hesscope.layerwise.prior import prior_vector
 from hesscope.layerwise.reparametrized import is_local
@@ -36,6 +37,7 @@ from hesscope.layerwise.risk import Risk, require_risk, risks_of_network
 from hesscope.layerwise.variational import Optimization, Round, optimized
 from hesscope.objective import Objective
 from hesscope.objective.batches import fingerprint
+from hesscope.objective.objective import require_output_loss
 
 POSTERIORS = (
     "isotropic",
@@ -50,7 +52,9 @@ OPTIMIZED = ("diagonal_optimized", "kronecker_optimized", "kronecker_refreshed")
 # Share of delta for the Monte Carlo error of the risk.
 MONTE_CARLO_SHARE = 0.2
 # Draws that only choose among posteriors, and those of bounds on the way: of samples' own networks, of whole networks.
-CHOOSING_DRAWS = {True: 20_000, False: 16}
+CHOOSING_DRAWS = {True: 5_000, False: 16}
+# Samples that are looked at to choose, and networks at which curvature is found again, for so many samples together.
+CHOOSING_SAMPLES, MOST_NETWORKS = 5_000, 4
 # Samples that take about as long to pass through the network as a step of optimization, for the progress.
 SAMPLES_A_STEP = 1500
 # Axes of a group that are kept for the record.
@@ -98,7 +102,7 @@ def pac_bayes_bound(
         delta: probability with which the bound may fail; a fifth of it pays for the Monte Carlo error.
         loss_bound: B, for a bound of min(loss, B) / B in place of the classification error; needed for other losses.
         grid: prior variances to choose from.
-        draws: independent draws for the risk of the posterior on the samples; 200,000 where each sample can have a
+        draws: independent draws for the risk of the posterior on the samples; 100,000 where each sample can have a
             network of its own (fully connected networks), else 300 networks, unless told.
         steps: of optimization; seconds: after which it ends, however far it is.
         seed: of all draws and of the order of samples.
@@ -115,29 +119,30 @@ def pac_bayes_bound(
     asked = _asked(objective, prior, posterior, delta, loss_bound, grid, draws, steps, seconds, seed)
     report = _Reports(asked, progress)
     axes = kronecker_axes(objective, asked.groups) if posterior.startswith("kronecker") else _parameter_axes(asked)
-    curvature = curvature_along(objective, asked.groups, axes, seed)
-    if posterior == "isotropic":
-        curvature = laplace.isotropic(curvature)
+    curvature = _curvature(asked, objective, axes)
     local = is_local(objective, _at_strength(asked, axes, curvature, 1.0))
 
-    def chosen(found: Posterior, *path: str | int) -> DrawnRisk:
-        return draw_risk(objective, found, asked.risk, CHOOSING_DRAWS[local], local, seed, "choosing", *path)
+    def roughly(found: Posterior) -> float:
+        """Its risk, with equal draws for all, so that differences are of the posteriors."""
+        few, share = CHOOSING_DRAWS[local], min(1.0, CHOOSING_SAMPLES / asked.n)
+        return draw_risk(objective, found, asked.risk, few, local, seed, "choosing", share=share).mean
 
-    def bound_at(strength: float) -> float:
-        found = _at_strength(asked, axes, curvature, strength)
-        return _maurer(asked, found, chosen(found, "strength").mean)
-
-    best = _at_strength(asked, axes, curvature, laplace.best_strength(bound_at, report.looked))
+    best = laplace.best_posterior(
+        lambda along, strength: _at_strength(asked, axes, along, strength),
+        lambda found: _maurer(asked, found, roughly(found)),
+        curvature,
+        lambda found, number: _felt(asked, axes, found, number),
+        report.looked,
+    )
 
     def finished(now: Round, count: int) -> PacBayesBound:
         drawn = draw_risk(objective, now.posterior, asked.risk, count, local, seed, "certificate", posterior, now.steps)
-        along = curvature
+        along = best.curvature
         if posterior == "kronecker_refreshed" and now.steps:
-            own = {each.group.name: each.axes for each in now.posterior.groups}
-            along = curvature_along(objective, asked.groups, own, seed)
+            along = curvature_along(objective, asked.groups, now.posterior.axes(), seed)
         return _record(asked, now, drawn, along, local, time.perf_counter() - began)
 
-    final = Round(best, 0)
+    final = Round(best.posterior, 0)
     if posterior in OPTIMIZED:
 
         def after_round(now: Round) -> None:
@@ -159,8 +164,8 @@ def pac_bayes_bound(
                 _refresher(asked) if posterior == "kronecker_refreshed" else None,
                 asked.settings,
             ),
-            best,
-            chosen(best, "start").mean,
+            best.posterior,
+            roughly(best.posterior),
             seconds,
             None if state is None else Path(state),
             report.stepped,
@@ -221,8 +226,8 @@ def _asked(
     require_positive_int("steps", steps)
     if draws is not None:
         require_positive_int("draws", draws)
-    if seconds is not None and not seconds > 0:
-        raise InputError(f"seconds must be positive, got {seconds!r}")
+    if seconds is not None and (not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds > 0):
+        raise InputError(f"seconds must be a positive number, got {seconds!r}")
     risk = require_risk(objective, loss_bound)
     start = prior_vector(objective, prior)
     trained = _trained(objective)
@@ -246,8 +251,13 @@ def _asked(
         grid,
         steps,
         seed,
-        fingerprint((*map(str, settings), delta, steps, seed, start, trained)),
+        fingerprint((*map(str, settings), delta, steps, seed, start, trained, _weights(objective))),
     )
+
+
+def _weights(objective: Objective) -> Tensor | None:
+    """Class weights: the curvature along the axes depends on them."""
+    return getattr(require_output_loss(objective, "the bound").module, "weight", None)
 
 
 def _trained(objective: Objective) -> Tensor:
@@ -263,6 +273,22 @@ def _classes(objective: Objective) -> int:
 
 def _parameter_axes(asked: _Asked) -> dict[str, Axes]:
     return {group.name: Axes() for group in asked.groups}
+
+
+def _curvature(asked: _Asked, objective: Objective, axes: Mapping[str, Axes]) -> dict[str, Tensor]:
+    """Along the axes, at a network; of isotropic posteriors the mean over each group."""
+    found = curvature_along(objective, asked.groups, axes, asked.seed)
+    return laplace.isotropic(found) if asked.posterior == "isotropic" else found
+
+
+def _felt(asked: _Asked, axes: Mapping[str, Axes], posterior: Posterior, number: int) -> dict[str, Tensor]:
+    """Mean curvature along the axes at networks drawn from the posterior: of few samples at several."""
+    objective = asked.objective
+    generator = generator_of(stream(asked.seed, "felt", number), objective.parameters.device)
+    count = min(MOST_NETWORKS, ceil(CHOOSING_SAMPLES / asked.n))
+    networks = [objective.at(posterior.draw(generator)) for _ in range(count)]
+    found = [_curvature(asked, network, axes) for network in networks]
+    return {group.name: torch.stack([each[group.name] for each in found]).mean(0) for group in asked.groups}
 
 
 def _refresher(asked: _Asked) -> Callable[[Posterior], dict[str, Axes]]:
@@ -344,12 +370,12 @@ class _Reports:
 
     def __init__(self, asked: _Asked, progress: Progress | None) -> None:
         self._progress = progress
-        self._look = ceil(asked.n / SAMPLES_A_STEP)
-        self._looks = self._look * (len(laplace.STRENGTHS) + len(laplace.FINER))
+        self._look = ceil(min(asked.n, CHOOSING_SAMPLES) / SAMPLES_A_STEP)
+        self._looks = self._look * laplace.LOOKS
         self._planned = self._looks + (asked.steps if asked.posterior in OPTIMIZED else 0)
         self.bound: float | None = None
 
-    def looked(self, done: int, planned: int) -> None:
+    def looked(self, done: int) -> None:
         self._tell(done * self._look)
 
     def stepped(self, step: int) -> None:

@@ -27,8 +27,7 @@ def prior_vector(objective: Objective, prior: Any) -> Tensor:
     if isinstance(prior, Tensor):
         if prior.shape != (space.size,):
             raise InputError(f"prior has shape {list(prior.shape)}, the network has {space.size} trainable parameters")
-        if not prior.is_floating_point():
-            raise InputError(f"prior must be of floating-point numbers, got {prior.dtype}")
+        _require_floating("prior", prior)
         _require_fixed(objective, {})
         given = space.unflatten(prior.detach())
     else:
@@ -36,24 +35,28 @@ def prior_vector(objective: Objective, prior: Any) -> Tensor:
         missing = [name for name in space.names if name not in tensors]
         if missing:
             raise InputError(f"prior lacks the parameter {missing[0]!r}; it has {', '.join(tensors) or 'none'}")
+        unknown = tensors.keys() - _tensors(objective.model).keys()
+        if unknown:
+            raise InputError(f"prior has {min(unknown)!r}, which the network has not: it is of another network")
         given = {name: tensors[name] for name in space.names}
         for name, tensor in given.items():
             if tensor.shape != trained[name].shape:
                 raise InputError(
                     f"prior has {name!r} of shape {list(tensor.shape)}, the network of {list(trained[name].shape)}"
                 )
+            _require_floating(f"prior's {name!r}", tensor)
             if tensor.untyped_storage().data_ptr() == trained[name].untyped_storage().data_ptr():
                 raise InputError(
                     f"prior depends on the data: its {name!r} is the trained network's own tensor (state_dict() shares "
                     "memory with the network); pass a copy made before training, copy.deepcopy(model)"
                 )
         _require_fixed(objective, tensors)
-    given = {name: tensor.to(space.device, space.dtype) for name, tensor in given.items()}
-    if all(bool((tensor == trained[name].to(space.dtype)).all()) for name, tensor in given.items()):
+    # In the prior's own dtype: the trained network rounded to fewer digits is no less dependent.
+    if all(bool((tensor == trained[name].to(tensor)).all()) for name, tensor in given.items()):
         raise InputError(
             "prior depends on the data: it equals the trained network; pass the network as it was before training"
         )
-    vector = space.flatten(given)
+    vector = space.flatten({name: tensor.to(space.device, space.dtype) for name, tensor in given.items()})
     if not bool(vector.isfinite().all()):
         raise InputError("prior has entries that are not finite")
     return vector
@@ -72,6 +75,11 @@ def _tensors(prior: Any) -> dict[str, Tensor]:
         "prior must be the network at initialization, its state dict or a vector of its trainable parameters, got "
         f"{type(prior).__name__}"
     )
+
+
+def _require_floating(what: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise InputError(f"{what} must be of floating-point numbers, got {tensor.dtype}")
 
 
 def _require_fixed(objective: Objective, prior: Mapping[str, Tensor]) -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hesscope.layerwise.gaussians import GroupPosterior, Posterior, noise_like
+from hesscope.core.rng import stream
+from hesscope.layerwise.gaussians import GroupPosterior, Posterior, generator_of, noise_like
 from hesscope.layerwise.taps import calls_of
 from hesscope.objective import Objective
 
@@ -55,19 +56,25 @@ def reparametrized(
 def is_local(objective: Objective, posterior: Posterior) -> bool:
     """Whether the posterior's networks can be drawn sample by sample.
 
-    The structure says so, and the network at the posterior's mean is the same by its parameters and by its layers'
-    outputs on the first batch (it would not be if a weight were used beside its layer).
+    The structure says so, and one network that is drawn is the same by its parameters and by its layers' outputs on the
+    first batch (it would not be if a weight were used beside its layer). The network at the mean would not do: where
+    the loss is flat, it is the prior's.
     """
     layers = [each.group.layer for each in posterior.groups]
     if any(layer is None or layer.kind != "linear" for layer in layers):
         return False
     if any(calls != (1, 1) for calls in calls_of(objective, [layer for layer in layers if layer]).values()):
         return False
-    prior, mean = posterior.prior_mean(), posterior.mean()
+    generator = generator_of(stream(0, "local"), objective.parameters.device)
+    groups = tuple(
+        replace(each, shift=each.shift + each.variance.sqrt() * noise_like(each.shift, generator))
+        for each in posterior.groups
+    )
+    prior, network = posterior.prior_mean(), replace(posterior, groups=groups).mean()
     with objective.evaluating() as (_, batches), torch.no_grad():
         index, batch = next(iter(batches))
-        wanted, _ = objective.outputs_and_targets(mean, batch, index)
-        with reparametrized(objective, posterior.groups, None) as drawn:
+        wanted, _ = objective.outputs_and_targets(network, batch, index)
+        with reparametrized(objective, groups, None) as drawn:
             found, _ = objective.outputs_and_targets(prior, batch, index)
         one_each = all(each.mean.ndim == 2 and len(each.mean) == len(wanted) for each in drawn)
     allowed = 1e5 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
@@ -82,15 +89,16 @@ def error_probability(drawn: Drawn, labels: Tensor) -> Tensor:
     Args:
         drawn: of the layer whose output is the network's; labels: [n].
     """
-    rows = labels.unsqueeze(1)
+    rows = labels.long().unsqueeze(1)
     left, variance = drawn.left, drawn.variance
     if left is None:
         spread = variance + variance.gather(1, rows)
     else:
         squares = variance @ left.square().T
-        spread = squares + squares.gather(1, rows) - 2 * ((left[labels] * variance) @ left.T)
+        spread = squares + squares.gather(1, rows) - 2 * ((left[rows[:, 0]] * variance) @ left.T)
     margins = drawn.mean.gather(1, rows) - drawn.mean
-    tiny = torch.finfo(spread.dtype).eps * variance.detach().mean()  # differences may be rounded below 0
+    limits = torch.finfo(spread.dtype)
+    tiny = limits.eps * variance.detach().mean() + limits.tiny  # differences may be rounded below 0
     wrong: Tensor = torch.special.ndtr(-margins / (spread.clamp(min=0.0) + tiny).sqrt())
     return wrong.scatter(1, rows, 0.0).sum(1).mean()
 

@@ -48,24 +48,28 @@ class Risk:
         Raises:
             DataError: outputs and targets are not one for each sample, or labels are ignored.
         """
+        _require_counted(objective, targets)
         if self.loss_bound is None:
             _require_labels(objective, outputs, targets)
             risks = (outputs.argmax(1) != targets).to(outputs.dtype)
         else:
-            risks = (self._losses(objective, outputs, targets) / self.loss_bound).clamp(max=1.0)
-        return torch.where(outputs.isfinite().flatten(1).all(1), risks, torch.ones_like(risks))
+            # Some losses go below 0 (Poisson's without its constant): that they count as 0 keeps the bound above them.
+            risks = (self._losses(objective, outputs, targets) / self.loss_bound).clamp(0.0, 1.0)
+        finite = outputs.isfinite()
+        return torch.where(finite.flatten(1).all(1) if finite.ndim > 1 else finite, risks, torch.ones_like(risks))
 
     def surrogate(self, objective: Objective, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean of something differentiable that is never below the risk: cross-entropy in bits, or the loss itself."""
         if self.loss_bound is None:
-            return nn.functional.cross_entropy(outputs, targets) / log(2)
+            return nn.functional.cross_entropy(outputs, targets.long()) / log(2)
         return self._losses(objective, outputs, targets).mean() / self.loss_bound
 
     def _losses(self, objective: Objective, outputs: Tensor, targets: Tensor) -> Tensor:
         """[n] losses of samples."""
         module: Any = copy.copy(require_output_loss(objective, NAME).module)
         module.reduction = "none"
-        losses: Tensor = module(outputs, targets.to(outputs.dtype) if isinstance(module, ELEMENTWISE) else targets)
+        continuous = isinstance(module, ELEMENTWISE) or targets.is_floating_point()
+        losses: Tensor = module(outputs, targets.to(outputs.dtype if continuous else torch.long))
         if losses.shape[:1] != outputs.shape[:1]:
             raise DataError("a bound needs one loss for each sample, and the first axis of outputs to run over samples")
         return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
@@ -98,12 +102,28 @@ def in_chunks(batches: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
             yield index, part
 
 
+def outputs_of_samples(objective: Objective, theta: Tensor, batch: Any, index: int) -> tuple[Tensor, Tensor]:
+    """Outputs of the network theta [P] on a batch, and the targets.
+
+    Raises:
+        DataError: several outputs for each sample.
+    """
+    outputs, targets = objective.outputs_and_targets(theta, batch, index)
+    samples = count_samples(batch)
+    if len(outputs) > samples:
+        raise DataError(
+            f"a bound needs one output for each of n independent samples, but batch {index} has {len(outputs)} outputs "
+            f"of {samples} samples; tokens of a text are not independent samples"
+        )
+    return outputs, targets
+
+
 def risks_of_network(objective: Objective, risk: Risk, vector: Tensor | None = None) -> tuple[float, int]:
     """(mean risk of one network, number of samples); the objective's own network unless a vector [P] is given."""
     total, samples = 0.0, 0
     with objective.evaluating() as (theta, batches), torch.no_grad():
         for index, batch in in_chunks(batches):
-            outputs, targets = objective.outputs_and_targets(theta if vector is None else vector, batch, index)
+            outputs, targets = outputs_of_samples(objective, theta if vector is None else vector, batch, index)
             risks = risk.of(objective, outputs, targets)
             total, samples = total + float(risks.double().sum()), samples + len(risks)
     return total / samples, samples
@@ -126,8 +146,11 @@ def _require_labels(objective: Objective, outputs: Tensor, targets: Tensor) -> N
             f"samples, got outputs of shape {list(outputs.shape)} and targets of shape {list(targets.shape)}"
             f" ({str(targets.dtype).removeprefix('torch.')}); tokens of a text are not independent samples"
         )
+
+
+def _require_counted(objective: Objective, targets: Tensor) -> None:
     ignored = getattr(require_output_loss(objective, NAME).module, "ignore_index", None)
-    if ignored is not None and bool((targets == ignored).any()):
+    if ignored is not None and not targets.is_floating_point() and bool((targets == ignored).any()):
         raise DataError(
             f"a bound counts every sample, but some labels are ignored ({ignored}): leave those samples out"
         )

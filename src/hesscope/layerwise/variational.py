@@ -25,8 +25,7 @@ from hesscope.layerwise.gaussians import Axes, GroupPosterior, Posterior, genera
 from hesscope.layerwise.reparametrized import error_probability, reparametrized
 from hesscope.layerwise.risk import Risk
 from hesscope.objective import Objective
-from hesscope.objective.batches import mapped
-from hesscope.objective.pieces import count_samples
+from hesscope.objective.pieces import chosen, count_samples
 
 # Step length of Adam: of logarithms of deviations, and of shifts in units of the prior's deviation; falls to 0.
 RATE = 0.01
@@ -130,8 +129,8 @@ class _Run:
         with self.asked.objective.evaluating() as (_, batches):
             for (index, batch), parts in zip(batches, self.parts, strict=True):
                 order = permutation(count_samples(batch), stream(self.asked.seed, "bound", "order", epoch, index))
-                for chosen in order.tensor_split(parts)[behind:]:
-                    yield index, _rows(batch, chosen)
+                for part in order.tensor_split(parts)[behind:]:
+                    yield index, chosen(batch, part)
                 behind = max(0, behind - parts)
 
     def advance(self, index: int, batch: Any) -> None:
@@ -233,9 +232,3 @@ def bound_slopes(risk: float, cost: float, n: int) -> tuple[float, float]:
     p = kl_inverse(risk, cost)
     wrong, right = risk / p, (1 - risk) / max(1 - p, 1e-12)
     return (log(right) - log(wrong)) / (right - wrong), 1 / (right - wrong)
-
-
-def _rows(batch: Any, chosen: Tensor) -> Any:
-    """Some samples of a batch, by the axis that counts them (see `hesscope.objective.pieces.cut`)."""
-    samples = count_samples(batch)
-    return mapped(batch, lambda t: t[chosen.to(t.device)] if t.ndim and t.shape[0] == samples else t)

@@ -139,11 +139,12 @@ class Objective:
         Raises:
             InputError: a vector of another length.
         """
+        tensors = self.parameters.unflatten(parameters)
         view = copy.copy(self)
-        view.model, view.symmetric = copy.deepcopy(self.model), set(self.symmetric)
+        view.model, view._independent, view.symmetric = copy.deepcopy(self.model), {}, set(self.symmetric)
         own = dict(view.model.named_parameters())
         with torch.no_grad():
-            for name, tensor in self.parameters.unflatten(parameters).items():
+            for name, tensor in tensors.items():
                 own[name].copy_(tensor)
         return view
 

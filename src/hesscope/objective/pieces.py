@@ -33,6 +33,19 @@ def cut(batch: Any, count: int) -> list[Any]:
     return [part(begin, end) for begin, end in pairwise(edges)] if pieces > 1 else [batch]
 
 
+def chosen(batch: Any, samples: Tensor) -> Any:
+    """Some samples of a batch, by their numbers [k]; what counts samples is as for `cut`."""
+    count = count_samples(batch)
+
+    def rows(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0 or tensor.shape[0] % count or tensor.shape[0] == 0:
+            return tensor
+        each = tensor.shape[0] // count
+        return tensor.reshape(count, each, *tensor.shape[1:])[samples.to(tensor.device)].flatten(0, 1)
+
+    return mapped(batch, rows)
+
+
 def count_samples(batch: Any) -> int:
     """Number of samples in a batch, as `cut` takes it: the shortest first axis of more than one entry, or 1."""
     return min((tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim and tensor.shape[0] > 1), default=1)

@@ -233,7 +233,7 @@ def headline(shown: Sequence[Shown]) -> str:
     )
     said = (
         f"With {confidence(certificate.delta)} confidence{picked} the {best.record.risk} of the "
-        f"{_short(best.network)}, its weights drawn around the trained ones ({posterior}), is at most "
+        f"{_short(best.network)}, its weights drawn at random (posterior: {posterior}), is at most "
         f"{guaranteed(best.bound, certificate.bound_stderr)}"
     )
     if best.is_vacuous:

@@ -62,8 +62,8 @@ SETTINGS = "bound.json"
 TRAIN, NETWORK, BOUND, CURRENT = "train", "network", "bound", "current"
 # Files with the states of trainings and optimizations.
 STATE = "state-"
-# Expected seconds, for the progress bar: of a closed form, of a step of optimization, and of all else.
-CLOSED_COST, STEP_COST, TRAINING_COST, NETWORK_COST = 10.0, 0.02, 10.0, 2.0
+# Expected seconds, for the progress bar: of a closed form in either basis, of a step of optimization, and of all else.
+CLOSED_COST, KRONECKER_COST, STEP_COST, TRAINING_COST, NETWORK_COST = 10.0, 40.0, 0.03, 10.0, 2.0
 # Characters in a line of the list of presets.
 LINE = 100
 
@@ -360,7 +360,7 @@ def describe_bound(study: BoundStudy) -> list[tuple[str, str]]:
     optimized = any(name in OPTIMIZED for name in settings.posteriors)
     return [
         *study.plan,
-        ("posteriors", ", ".join(settings.posteriors)),
+        ("posterior", ", ".join(settings.posteriors)),
         ("bound", f"each fails with probability {settings.delta:g} at most"),
         *([("steps", f"{settings.steps:,} of each optimization{limit}")] if optimized else []),
         ("results", str(study.folder)),
@@ -410,10 +410,16 @@ def bound_steps(study: BoundStudy, now: list[str]) -> list[Step]:
         network = partial(_network, study, case)
         steps.append(Step(step_name(NETWORK, case.labels), f"{title}risk of the network", NETWORK_COST, network))
         for posterior in study.settings.posteriors:
-            cost = CLOSED_COST + STEP_COST * study.settings.steps * (posterior in OPTIMIZED)
+            cost = _expected_seconds(study.settings, posterior)
             compute = partial(_bound, study, case, posterior, now)
             steps.append(Step(step_name(BOUND, case.labels, posterior), f"{title}{posterior}", cost, compute))
     return steps
+
+
+def _expected_seconds(settings: BoundSettings, posterior: str) -> float:
+    closed = KRONECKER_COST if posterior.startswith("kronecker") else CLOSED_COST
+    limit = inf if settings.minutes is None else 60 * settings.minutes
+    return closed + (min(STEP_COST * settings.steps, limit) if posterior in OPTIMIZED else 0.0)
 
 
 def _train(study: BoundStudy, case: Case, progress: Progress) -> xr.Dataset:
