@@ -6,6 +6,7 @@ Where an entry of a group's matrix lies in the flat vector is read off PyTorch's
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -69,7 +70,7 @@ class Turned(nn.Module):
 
 def mlp(bias=True, widths=(5, 7, 3), activation=nn.ReLU):
     parts = [nn.Linear(widths[0], widths[1], bias=bias)]
-    for fan_in, fan_out in zip(widths[1:-1], widths[2:], strict=True):
+    for fan_in, fan_out in pairwise(widths[1:]):
         parts += [activation(), nn.Linear(fan_in, fan_out, bias=bias)]
     return randomized(nn.Sequential(*parts), 1)
 

@@ -37,7 +37,9 @@ LOSSES = {
 
 def random_axes(groups):
     return {
-        group.name: Axes(posteriors.orthonormal(group.shape[0], number), posteriors.orthonormal(group.shape[1], -number))
+        group.name: Axes(
+            posteriors.orthonormal(group.shape[0], number), posteriors.orthonormal(group.shape[1], -number)
+        )
         for number, group in enumerate(groups, start=1)
     }
 
@@ -45,7 +47,9 @@ def random_axes(groups):
 def dense_curvature(model, group, own, G):
     """Diagonal of Q^T G Q, [outputs, inputs], with the columns of Q = U x V in the order of the parameters."""
     where = posteriors.places(model, group).flatten()
-    sides = [torch.eye(n, dtype=F64) if q is None else q for q, n in zip((own.left, own.right), group.shape, strict=True)]
+    sides = [
+        torch.eye(n, dtype=F64) if q is None else q for q, n in zip((own.left, own.right), group.shape, strict=True)
+    ]
     Q = torch.zeros(len(G), where.numel(), dtype=F64)
     Q[where] = torch.kron(*sides)
     return (Q.T @ G @ Q).diagonal().view(group.shape)

@@ -9,7 +9,7 @@ import hesscope as hs
 from hesscope.bounds import VarianceGrid
 from hesscope.core.errors import InputError
 from hesscope.core.result_files import open_result, save_result
-from hesscope.layerwise import POSTERIORS, PacBayesBound, pac_bayes
+from hesscope.layerwise import POSTERIORS, PacBayesBound, laplace, pac_bayes
 from hesscope.layerwise.bound_record import Spread
 from hesscope.layerwise.pac_bayes import AXES_KEPT
 from tests.helpers import randint, randn, randomized
@@ -18,8 +18,11 @@ GRID = VarianceGrid.geometric(1e-3, 10, 13)
 
 
 @pytest.fixture(autouse=True)
-def few_choosing_draws(monkeypatch):
+def little_to_choose(monkeypatch):
     monkeypatch.setattr(pac_bayes, "CHOOSING_DRAWS", {True: 100, False: 2})
+    monkeypatch.setattr(laplace, "STRENGTHS", (1.0, 8.0))
+    monkeypatch.setattr(laplace, "FINER", ())
+    monkeypatch.setattr(laplace, "SOUNDINGS", 1)
 
 
 def made(posterior, widths=(4, 5, 2), layer_norm=False, **options):

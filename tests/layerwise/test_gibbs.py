@@ -16,6 +16,11 @@ from tests.layerwise import posteriors
 
 N = 12
 X, LABELS = randn(N, 5, seed=1), randint(2, N, seed=2)
+MANY = 1000  # copies of the samples, so that a pass is many draws
+
+
+def copies(x, y, count=MANY):
+    return x.repeat(count, *[1] * (x.ndim - 1)), y.repeat(count)
 
 
 def exact_risk(model, posterior, x, y):
@@ -30,7 +35,7 @@ def exact_risk(model, posterior, x, y):
 @pytest.mark.parametrize("local", [True, False], ids=["own networks", "whole networks"])
 def test_risk_of_a_linear_network_is_exact(local):
     model = randomized(nn.Linear(5, 2))
-    objective = hs.Objective(model, "cross_entropy", cut(X, LABELS))
+    objective = posteriors.objective(model, *copies(X, LABELS, MANY if local else 1))
     posterior = posteriors.random_posterior(objective)
     exact = exact_risk(model, posterior, X, LABELS)
     found = draw_risk(objective, posterior, Risk(), 120_000 if local else 2000, local, 0, "test")
@@ -43,21 +48,24 @@ def test_risk_of_a_linear_network_is_exact(local):
 @pytest.mark.parametrize("turned", [True, False], ids=["random axes", "parameters"])
 def test_own_networks_have_the_risk_of_whole_networks(turned, loss_bound):
     y = randint(3, N, seed=2)
-    objective = hs.Objective(posteriors.mlp(), "cross_entropy", cut(X, y))
+    objective = posteriors.objective(posteriors.mlp(), X, y)
+    many = posteriors.objective(posteriors.mlp(), *copies(X, y))
     posterior = posteriors.random_posterior(objective, turned)
     chosen = Risk(loss_bound)
-    own = draw_risk(objective, posterior, chosen, 100_000, True, 0, "own")
+    own = draw_risk(many, posterior, chosen, 100_000, True, 0, "own")
     whole = draw_risk(objective, posterior, chosen, 2000, False, 0, "whole")
     error = np.hypot(own.stderr, whole.stderr)
     assert abs(own.mean - whole.mean) < 4 * error < 0.02
 
 
 def test_standard_errors_are_those_of_replicates():
-    objective = hs.Objective(posteriors.mlp(widths=(5, 7, 2)), "cross_entropy", cut(X, LABELS))
+    model = posteriors.mlp(widths=(5, 7, 2))
+    objective = posteriors.objective(model, X, LABELS)
     posterior = posteriors.random_posterior(objective)
     whole = [draw_risk(objective, posterior, Risk(), 24, False, seed, "whole") for seed in range(150)]
     check_stderr([each.mean for each in whole], [each.stderr for each in whole])
-    own = [draw_risk(objective, posterior, Risk(), 1200, True, seed, "own") for seed in range(150)]
+    many = posteriors.objective(model, *copies(X, LABELS, 50))
+    own = [draw_risk(many, posterior, Risk(), 600, True, seed, "own") for seed in range(400)]
     empirical = np.std([each.mean for each in own], ddof=1)
     reported = np.mean([each.stderr for each in own])
     # Samples differ in their risks, which is counted as noise: never below, and here by less than a half above.
@@ -72,6 +80,20 @@ def test_own_networks_are_drawn_in_whole_passes():
     assert draw_risk(objective, posterior, Risk(), 5, False, 0, "whole").draws == 5
     single = draw_risk(objective, posterior, Risk(), 1, False, 0, "whole")
     assert single.draws == 1 and np.isnan(single.stderr)
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["own networks", "whole networks"])
+def test_a_share_of_the_samples_is_drawn_at_random(local):
+    """Half of each batch of any size, another half in every pass: the mean stays that of all."""
+    model = randomized(nn.Linear(5, 2))
+    x, y = copies(X, LABELS, 50) if local else (X, LABELS)
+    objective = hs.Objective(
+        model, "cross_entropy", [(x[: len(x) // 3], y[: len(x) // 3]), (x[len(x) // 3 :], y[len(x) // 3 :])]
+    )
+    posterior = posteriors.random_posterior(objective)
+    found = draw_risk(objective, posterior, Risk(), 30_000 if local else 1500, local, 0, "test", share=0.5)
+    assert found.draws == (30_000 if local else 1500)
+    assert abs(found.mean - exact_risk(model, posterior, X, LABELS)) < 4 * found.stderr < 0.04
 
 
 class Branching(nn.Module):
@@ -137,12 +159,12 @@ def test_streams_are_named(local):
 @pytest.mark.parametrize("local", [True, False], ids=["own networks", "whole networks"])
 def test_outputs_that_overflow_are_errors(local):
     """Not chances: a network whose outputs are infinite classifies nothing."""
-    objective = hs.Objective(posteriors.mlp(), "cross_entropy", (X, randint(3, N, seed=2)))
-    posterior = posteriors.random_posterior(objective, spread=1e200)
+    objective = posteriors.objective(posteriors.mlp(widths=(5, 7, 7, 3)), X, randint(3, N, seed=2))
+    posterior = posteriors.random_posterior(objective, spread=1e140)
     assert draw_risk(objective, posterior, Risk(), 12, local, 0, "test").mean == 1.0
 
 
-# --- the public form ----------------------------------------------------------------------------------------------------
+# --- the public form --------------------------------------------------------------------------------------------------
 
 
 def test_stochastic_risk_of_held_out_data():
@@ -150,7 +172,7 @@ def test_stochastic_risk_of_held_out_data():
     objective = posteriors.objective(model, X, LABELS)
     posterior = posteriors.random_posterior(objective)
     x, y = randn(40, 5, seed=11), randint(2, 40, seed=12)
-    held_out = posteriors.objective(model, x, y)
+    held_out = posteriors.objective(model, *copies(x, y))
     before = snapshot(model)
     found = stochastic_risk(held_out, posterior, draws=40_000, seed=5)
     assert same(snapshot(model), before)
@@ -164,17 +186,19 @@ def test_stochastic_risk_of_held_out_data():
 
 
 def test_stochastic_risk_draws_as_many_as_documented():
-    local = posteriors.objective(randomized(nn.Linear(5, 2)), X, LABELS)
-    assert stochastic_risk(local, posteriors.random_posterior(local)).probes == -(-LOCAL_DRAWS // N) * N
+    local = posteriors.objective(randomized(nn.Linear(5, 2)), *copies(X, LABELS))
+    found = stochastic_risk(local, posteriors.random_posterior(local))
+    assert found.probes == -(-LOCAL_DRAWS // (MANY * N)) * MANY * N
     whole = posteriors.objective(posteriors.convolutional(), posteriors.images(N), LABELS)
     found = stochastic_risk(whole, posteriors.random_posterior(whole))
     assert (found.probes, found.provenance.engine) == (NETWORK_DRAWS, "whole networks")
-    assert (LOCAL_DRAWS, NETWORK_DRAWS) == (200_000, 300)
+    told = f"{LOCAL_DRAWS:,} of samples' own networks, or {NETWORK_DRAWS} whole networks"
+    assert told in stochastic_risk.__doc__
 
 
 def test_stochastic_risk_of_a_bounded_loss():
     y = randn(N, 2, seed=3)
-    objective = posteriors.objective(randomized(nn.Linear(5, 2)), X, y, "mse")
+    objective = posteriors.objective(randomized(nn.Linear(5, 2)), X.repeat(MANY, 1), y.repeat(MANY, 1), "mse")
     posterior = posteriors.random_posterior(objective)
     found = stochastic_risk(objective, posterior, draws=60_000, loss_bound=1e9)
     mean = posteriors.dense_mean(objective.model, posterior)
@@ -190,7 +214,9 @@ def test_bad_input_of_stochastic_risk():
     posterior = posteriors.random_posterior(objective)
     other = posteriors.objective(posteriors.mlp(), X, LABELS)
     narrow = posteriors.objective(randomized(nn.Linear(5, 2)).float(), X.float(), LABELS)
-    with pytest.raises(InputError, match=r"distribution is of 12 parameters \(float64\).* the objective's 66 \(float64"):
+    with pytest.raises(
+        InputError, match=r"distribution is of 12 parameters \(float64\).* the objective's 66 \(float64"
+    ):
         stochastic_risk(other, posterior)
     with pytest.raises(InputError, match=r"12 parameters \(float64\) .* or dtype than the objective's 12 \(float32\)"):
         stochastic_risk(narrow, posterior)
@@ -207,9 +233,10 @@ def test_bad_input_of_stochastic_risk():
 
 
 def test_dtype_of_the_network_is_kept():
-    objective = posteriors.objective(posteriors.mlp(widths=(5, 7, 2)).float(), X.float(), LABELS)
+    x, y = copies(X, LABELS)
+    objective = posteriors.objective(posteriors.mlp(widths=(5, 7, 2)).float(), x.float(), y)
     posterior = posteriors.in_dtype(posteriors.random_posterior(objective), torch.float32)
-    wide = posteriors.objective(posteriors.mlp(widths=(5, 7, 2)), X, LABELS)
+    wide = posteriors.objective(posteriors.mlp(widths=(5, 7, 2)), x, y)
     assert posterior.draw(torch.Generator()).dtype == torch.float32
     first = stochastic_risk(objective, posterior, draws=60_000)
     second = stochastic_risk(wide, posteriors.in_dtype(posterior, F64), draws=60_000, seed=1)

@@ -1,5 +1,7 @@
 """Posteriors in closed form against numerical minimization, axis by axis and variance by variance."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hesscope.bounds import DEFAULT_GRID, VarianceGrid
 from hesscope.layerwise import laplace
 from hesscope.layerwise.axes import groups_of
 from hesscope.layerwise.gaussians import Axes
-from hesscope.layerwise.laplace import best_strength, isotropic, laplace_posterior
+from hesscope.layerwise.laplace import best_posterior, isotropic, laplace_posterior
 from tests.helpers import randint, randn, randomized, relative_error
 from tests.layerwise import posteriors
 
@@ -70,7 +72,7 @@ def test_minimum_is_that_of_a_search_axis_by_axis(turned):
 
 
 def test_means_are_taken_from_their_vectors():
-    model, arguments = problem()
+    _, arguments = problem()
     posterior = laplace_posterior(*arguments, STRENGTH, DEFAULT_GRID)
     assert posterior.kind == "test"
     assert torch.equal(posterior.prior_mean(), arguments[4][0])
@@ -119,10 +121,8 @@ def test_flat_axes_keep_the_prior():
 
 
 def test_is_the_same_in_float32_up_to_rounding():
-    model, arguments = problem()
+    _, arguments = problem()
     kind, space, groups, axes, means, curvature = arguments
-    from dataclasses import replace
-
     narrow = laplace_posterior(
         kind, replace(space, dtype=torch.float32), groups, axes, means, curvature, STRENGTH, DEFAULT_GRID
     )
@@ -142,18 +142,26 @@ def test_isotropic_has_the_mean_curvature_everywhere():
 
 
 @pytest.mark.parametrize("target", [1 / 64, 0.01, 0.4, 3.1, 700.0, 4096.0])
-def test_best_strength_is_within_a_finer_step_of_the_least(target):
-    """Of a bound with its least at the target: a factor of 2^(1/4) at most inside the strengths that are tried."""
-    asked, told = [], []
+def test_best_posterior_is_that_of_the_smallest_bound(target):
+    """Of a bound with its least at a strength, and with the curvature that was found the second time (of three)."""
+    asked, told, felt = [], [], []
 
-    def bound_at(strength):
-        asked.append(strength)
-        return np.log(strength / target) ** 2
+    def make(curvature, strength):
+        asked.append((curvature["number"], strength))
+        return asked[-1]
 
-    best = best_strength(bound_at, lambda done, planned: told.append((done, planned)))
-    assert abs(np.log2(best / target)) <= 0.25 + 1e-9 or not 1 / 64 <= target <= 4096
-    assert best == min(asked, key=lambda s: np.log(s / target) ** 2)
-    count = len(laplace.STRENGTHS) + len(laplace.FINER)
-    assert told == [(number, count) for number in range(1, count + 1)]
-    assert len(set(asked)) == count
-    assert best_strength(bound_at) == best
+    def bound_of(posterior):
+        number, strength = posterior
+        return (np.log(strength / target) / 100) ** 2 + abs(number - 2)
+
+    def found_again(posterior, number):
+        felt.append((posterior, number))
+        return {"number": number + 1}
+
+    best = best_posterior(make, bound_of, {"number": 0}, found_again, told.append)
+    assert abs(np.log2(best.strength / target)) <= 0.25 + 1e-9 or not 1 / 64 <= target <= 4096
+    assert (best.posterior, best.curvature) == ((2, best.strength), {"number": 2})
+    assert best.bound == min(map(bound_of, asked)) == bound_of(best.posterior)
+    assert told == list(range(1, laplace.LOOKS + 1)) and len(set(asked)) == laplace.LOOKS
+    # Each time it is felt at the best posterior of the curvature before.
+    assert felt == [((number, best.strength), number) for number in range(laplace.SOUNDINGS)]

@@ -1,6 +1,7 @@
 """Outputs drawn in place of weights against whole networks, and when that is allowed."""
 
 from dataclasses import replace
+from itertools import pairwise
 from math import erf, sqrt
 
 import pytest
@@ -29,7 +30,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# --- linear networks: exact ---------------------------------------------------------------------------------------------
+# --- linear networks: exact -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("turned", [True, False], ids=["random axes", "parameters"])
@@ -60,7 +61,7 @@ def test_conv1d_of_hugging_face_is_a_linear_layer():
     assert relative_error(outputs, call_flat(model, posteriors.dense_mean(model, posterior), x)) < 1e-13
 
 
-# --- deeper networks ----------------------------------------------------------------------------------------------------
+# --- deeper networks --------------------------------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
@@ -179,7 +180,7 @@ def test_gradients_are_finite_at_inputs_that_are_zero(dtype):
             assert bool(each.shift.grad.isfinite().all()) and bool(each.variance.grad.isfinite().all())
 
 
-# --- where it is allowed ------------------------------------------------------------------------------------------------
+# --- where it is allowed ----------------------------------------------------------------------------------------------
 
 
 class Beside(nn.Module):
@@ -251,7 +252,7 @@ def test_a_weight_beside_its_layer_is_seen_where_the_posterior_is_the_prior():
 def test_large_networks_in_float32_are_local(widths):
     """Rounding is not taken for another use of a weight."""
     torch.manual_seed(0)
-    parts = [part for a, b in zip(widths, widths[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
+    parts = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
     x = randn(50, widths[0], seed=1).float()
     objective = posteriors.objective(nn.Sequential(*parts[:-1]), x, randint(2, 50, seed=2))
     posterior = posteriors.in_dtype(posteriors.random_posterior(objective, spread=0.05), torch.float32)
@@ -269,7 +270,7 @@ def test_is_local_leaves_the_model_and_random_states_alone():
     assert same(before, snapshot(model))
 
 
-# --- the probability of an error ----------------------------------------------------------------------------------------
+# --- the probability of an error --------------------------------------------------------------------------------------
 
 
 def random_drawn(C, turned, samples=7):
@@ -283,7 +284,7 @@ def covariance_of(drawn):
     return torch.einsum("ck,nk,dk->ncd", left, drawn.variance, left)
 
 
-def pairwise(drawn, labels):
+def sum_over_pairs(drawn, labels):
     """Mean of sum_c P(o_c > o_y), by loops over samples and classes."""
     total, S = 0.0, covariance_of(drawn)
     for n, y in enumerate(labels.tolist()):
@@ -308,7 +309,7 @@ def test_of_two_classes_it_is_the_error(turned):
     drawn, labels = random_drawn(2, turned)
     found = float(error_probability(drawn, labels))
     error, stderr = monte_carlo_error(drawn, labels)
-    assert found == pytest.approx(pairwise(drawn, labels), rel=1e-12)
+    assert found == pytest.approx(sum_over_pairs(drawn, labels), rel=1e-12)
     assert abs(found - error) < 4 * stderr < 0.005
 
 
@@ -316,7 +317,7 @@ def test_of_two_classes_it_is_the_error(turned):
 def test_of_several_classes_it_is_the_sum_over_pairs_and_above_the_error(turned):
     drawn, labels = random_drawn(4, turned)
     found = float(error_probability(drawn, labels))
-    assert found == pytest.approx(pairwise(drawn, labels), rel=1e-12)
+    assert found == pytest.approx(sum_over_pairs(drawn, labels), rel=1e-12)
     error, stderr = monte_carlo_error(drawn, labels, 20_000)
     assert found > error + 4 * stderr
     assert float(error_probability(drawn, labels.int())) == found

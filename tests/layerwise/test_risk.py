@@ -79,7 +79,9 @@ def test_losses_are_cut_off_at_their_bound():
     assert Risk(B).words == f"loss, cut off at and divided by {B:g}"
 
 
-@pytest.mark.parametrize("y", [LABELS, LABELS.int(), randn(N, C, seed=4).softmax(1), randn(N, C, seed=4).softmax(1).float()])
+@pytest.mark.parametrize(
+    "y", [LABELS, LABELS.int(), randn(N, C, seed=4).softmax(1), randn(N, C, seed=4).softmax(1).float()]
+)
 def test_bounded_cross_entropy_takes_what_its_objective_takes(y):
     model = posteriors.mlp()
     objective = posteriors.objective(model, X, y)
@@ -126,7 +128,7 @@ def test_surrogates_are_never_below_their_risks():
             assert float(chosen.surrogate(objective, *one)) >= float(chosen.of(objective, *one).mean())
 
 
-# --- what has no such risk ----------------------------------------------------------------------------------------------
+# --- what has no such risk --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_bound", [None, 2.0])

@@ -31,7 +31,7 @@ from hesscope.operators import GaussNewton, Hessian
 from hesscope.partition import Partition
 from hesscope.study import loading
 from hesscope.study.analyze import Point, human_seconds, load_objective, settings_fingerprint
-from hesscope.study.config import AdviseConfig, StudyConfig
+from hesscope.study.config import AdviseConfig, StudyConfig, stored_config
 from hesscope.study.spectrum import MATRICES
 from hesscope.study.steps import Progress, Reporter, Step, run_steps
 from hesscope.study.store import Store
@@ -401,7 +401,7 @@ def _merged(study: AdviseStudy) -> xr.Dataset:
         parameters_cut=json.dumps(_cuts(study, choices)),
         choices=json.dumps({name: _plain(choice) for name, choice in choices.items()}),
         left_out=json.dumps(dict(study.left_out)),
-        config=json.dumps(study.config.model_dump(exclude_none=True, exclude={"spectrum", "layers", "track"})),
+        config=stored_config(study.config, "advise"),
         model=study.config.model,
         model_class=type(study.objective.model).__name__,
         matrix=study.settings.matrix,

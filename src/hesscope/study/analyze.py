@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from hesscope.objective.losses import OutputLoss
 from hesscope.operators import GaussNewton, Hessian, Operator
 from hesscope.partition import Partition
 from hesscope.study import loading
-from hesscope.study.config import StudyConfig
+from hesscope.study.config import StudyConfig, stored_config
 from hesscope.study.steps import Progress, Reporter, Step, run_steps
 from hesscope.study.store import Store
 
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 # A study is cut into about so many parts, each stored when done: a killed run loses at most one of them.
 PARTS = 40
 RESULT = "energies"
-# Of the configuration: what other commands take.
-OTHER_SECTIONS = {"spectrum", "advise", "layers", "track"}
 
 
 @dataclass(frozen=True)
@@ -297,7 +294,7 @@ def _merge(study: Study, names: list[str]) -> xr.Dataset:
         result["block_of_parameter"] = ("parameter", partition.assignment)
     return result.assign_attrs(
         model=study.config.model,
-        config=json.dumps(study.config.model_dump(exclude_none=True, exclude=OTHER_SECTIONS)),
+        config=stored_config(study.config, "analyze"),
         model_class=type(study.objective.model).__name__,
         loss=study.objective.loss.name,
         partition=study.config.partition,

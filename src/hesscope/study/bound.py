@@ -6,14 +6,12 @@ records of `hesscope.layerwise.bound_record`, one file each; what an optimizatio
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import hypot, inf, nan, sqrt
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +22,7 @@ from hesscope.bounds import DEFAULT_GRID, require_enough_samples
 from hesscope.bounds.arguments import require_delta, require_positive
 from hesscope.core.checks import nearest, require_positive_int
 from hesscope.core.errors import InputError
-from hesscope.core.files import TEMPORARY_SUFFIX, atomic_path
+from hesscope.core.files import TEMPORARY_SUFFIX
 from hesscope.data import LabelledData
 from hesscope.layerwise.axes import groups_of
 from hesscope.layerwise.bound_record import PacBayesBound
@@ -50,6 +48,7 @@ from hesscope.study.bound_presets import (
     train_network,
 )
 from hesscope.study.config import StudyConfig
+from hesscope.study.preset_runs import preset_rows, require_same_run, write_run
 from hesscope.study.steps import Progress, Reporter, Step, run_steps
 from hesscope.study.store import Store
 
@@ -64,8 +63,6 @@ TRAIN, NETWORK, BOUND, CURRENT = "train", "network", "bound", "current"
 STATE = "state-"
 # Expected seconds, for the progress bar: of a closed form in either basis, of a step of optimization, and of all else.
 CLOSED_COST, KRONECKER_COST, STEP_COST, TRAINING_COST, NETWORK_COST = 10.0, 40.0, 0.03, 10.0, 2.0
-# Characters in a line of the list of presets.
-LINE = 100
 
 
 @dataclass(frozen=True)
@@ -141,14 +138,10 @@ class BoundStudy:
 
 
 def bound_preset_table() -> list[tuple[str, ...]]:
-    """Every preset, what it is and what it takes, in lines of LINE; the first row names the columns."""
-    rows: list[tuple[str, ...]] = [("preset", "the network and its samples, and the options with their defaults")]
-    width = LINE - len("  ") - max(map(len, BOUND_PRESETS))
-    for preset in BOUND_PRESETS.values():
-        lines = [line for text in (preset.description, preset.taken) for line in wrap(text, width)]
-        rows += [(preset.name if number == 0 else "", line) for number, line in enumerate(lines)]
-    rows.append(("all", " ".join(f"--{name}" for name in OF_ALL) + " (see --help)"))
-    return rows
+    """Every preset, what it is and what it takes; the first row names the columns."""
+    texts = {preset.name: (preset.description, preset.taken) for preset in BOUND_PRESETS.values()}
+    for_all = " ".join(f"--{name}" for name in OF_ALL) + " (see --help)"
+    return preset_rows("the network and its samples, and the options with their defaults", texts, for_all)
 
 
 # --- preparing --------------------------------------------------------------------------------------------------------
@@ -186,7 +179,7 @@ def choose_bound(
     _require_settings(settings)
     folder = FOLDER / preset.label(options) if out is None else out
     identity = {"preset": name, **options.in_words, "delta": f"{delta:g}", "steps": str(steps)}
-    _require_same_identity(folder, identity)
+    require_same_run(folder / SETTINGS, identity)
     sample = preset.sample(options)
     network = initial_network(options, sample.data)
     held = sample.held_out
@@ -374,8 +367,7 @@ def run_bound(study: BoundStudy, report: Reporter) -> int:
     """
     study.folder.mkdir(parents=True, exist_ok=True)
     if study.identity:
-        with atomic_path(study.folder / SETTINGS) as temporary:
-            temporary.write_text(json.dumps(dict(study.identity), indent=2) + "\n", encoding="utf-8")
+        write_run(study.folder / SETTINGS, study.identity)
     _reopen(study)
     now: list[str] = []  # the bound that the step at work has reached
     try:
@@ -564,18 +556,3 @@ def _tidy(study: BoundStudy) -> None:
                 _state_path(study, labels, posterior).unlink(missing_ok=True)
     for path in study.folder.glob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
-
-
-def _require_same_identity(folder: Path, identity: Mapping[str, str]) -> None:
-    """Refuse a folder that holds another run, naming where they differ."""
-    path = folder / SETTINGS
-    if not path.exists():
-        return
-    try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    differ = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]
-    if differ:
-        there, here = (", ".join(f"{name} = {side.get(name, 'none')}" for name in differ) for side in (found, identity))
-        raise InputError(f"{folder} holds another run: there {there}; here {here}; use another folder (--out)")

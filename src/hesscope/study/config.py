@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,11 @@ class StudyConfig(BaseModel):
     layers: LayersConfig = Field(default_factory=LayersConfig)
     track: TrackConfig = Field(default_factory=TrackConfig)
     bound: BoundConfig = Field(default_factory=BoundConfig)
+
+
+def stored_config(config: StudyConfig, command: str) -> str:
+    """JSON of the head and of the command's own section, as results keep it."""
+    return json.dumps(config.model_dump(exclude_none=True, exclude=set(SECTIONS) - {command}))
 
 
 def read_config(path: Path) -> StudyConfig:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 import torch
@@ -18,14 +16,13 @@ from hesscope.dynamics import Tracker, Trajectory, log_spaced
 from hesscope.dynamics.dynamic_force import DynamicForce, dynamic_force
 from hesscope.dynamics.optimizers import learning_rate
 from hesscope.models import MLP
+from hesscope.study.preset_runs import preset_rows, require_same_run, write_run
 from hesscope.study.presets import OF_ALL, PRESETS, Experiment, Options, Preset, find_preset, options_in_words
 from hesscope.study.steps import Reporter
 from hesscope.theory import static_force
 
 FOLDER = Path("out", "dynamics")
 SETTINGS, CHECKPOINT = "dynamics.json", "checkpoint.pt"
-# Characters in a line of the list of presets.
-LINE = 100
 
 
 @dataclass(frozen=True)
@@ -78,15 +75,14 @@ class DynamicsRun:
 
 
 def preset_table() -> list[tuple[str, ...]]:
-    """Every preset, what it is and what it takes, in lines of LINE; the first row names the columns."""
-    rows: list[tuple[str, ...]] = [("preset", "what it trains, and its options with their defaults")]
-    width = LINE - len("  ") - max(map(len, PRESETS))
-    for preset in PRESETS.values():
-        taken = " ".join(f"--{name}={value}" for name, value in options_in_words(preset.defaults).items())
-        lines = [line for text in (preset.description, taken) for line in wrap(text, width, break_on_hyphens=False)]
-        rows += [(preset.name if number == 0 else "", line) for number, line in enumerate(lines)]
-    rows.append(("all", " and ".join(f"--{name}" for name in OF_ALL) + " (see --help)"))
-    return rows
+    """Every preset, what it is and what it takes; the first row names the columns."""
+
+    def taken(preset: Preset) -> str:
+        return " ".join(f"--{name}={value}" for name, value in options_in_words(preset.defaults).items())
+
+    texts = {preset.name: (preset.description, taken(preset)) for preset in PRESETS.values()}
+    for_all = " and ".join(f"--{name}" for name in OF_ALL) + " (see --help)"
+    return preset_rows("what it trains, and its options with their defaults", texts, for_all)
 
 
 def choose_dynamics(
@@ -109,7 +105,7 @@ def choose_dynamics(
     preset = find_preset(name)
     options = preset.options(**given, seed=seed)
     run = DynamicsRun(preset, options, FOLDER / preset.label(options) if folder is None else folder, budget)
-    _require_same_settings(run)
+    require_same_run(run.folder / SETTINGS, run.settings)
     if budget is not None and not 0 < budget <= 1:
         raise InputError(f"--budget must be a share of the training's time in (0, 1], got {budget!r}")
     _ = run.experiment
@@ -145,7 +141,7 @@ def run_dynamics(run: DynamicsRun, report: Reporter) -> int:
     """
     tracker, experiment = run.tracker, run.experiment
     run.folder.mkdir(parents=True, exist_ok=True)
-    _write_settings(run)
+    write_run(run.folder / SETTINGS, run.settings)
     found = len(tracker.trajectory)
     done = [*tracker.trajectory.steps.tolist(), *tracker.trajectory.left_out]
     if run.at[-1] in done:
@@ -205,27 +201,6 @@ def static_table(run: DynamicsRun) -> list[tuple[str, ...]]:
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
-
-
-def _require_same_settings(run: DynamicsRun) -> None:
-    """Refuse a folder that holds another run, naming where they differ."""
-    path = run.folder / SETTINGS
-    if not path.exists():
-        return
-    try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    differ = [name for name in {**found, **run.settings} if found.get(name) != run.settings.get(name)]
-    if differ:
-        sides = (found, run.settings)
-        there, here = (", ".join(f"{name} = {side.get(name, 'none')}" for name in differ) for side in sides)
-        raise InputError(f"{run.folder} holds another run: there {there}; here {here}; use another folder (--out)")
-
-
-def _write_settings(run: DynamicsRun) -> None:
-    with atomic_path(run.folder / SETTINGS) as temporary:
-        temporary.write_text(json.dumps(run.settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_checkpoint(run: DynamicsRun, step: int) -> None:

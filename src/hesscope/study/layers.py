@@ -30,7 +30,7 @@ from hesscope.objective import Objective
 from hesscope.objective.objective import require_output_loss
 from hesscope.partition import Partition
 from hesscope.study.analyze import Point, human_seconds, load_objective, settings_fingerprint, some_names
-from hesscope.study.config import LayersConfig, StudyConfig
+from hesscope.study.config import LayersConfig, StudyConfig, stored_config
 from hesscope.study.spectrum import MATRICES, TYPICAL_END, TYPICAL_PAIR, VECTOR_ENTRIES
 from hesscope.study.steps import Progress, Reporter, Step, run_steps
 from hesscope.study.store import Store
@@ -332,7 +332,7 @@ def _merge(study: LayersStudy) -> xr.Dataset:
             "dtype": str(objective.parameters.dtype).removeprefix("torch."),
             "device": str(objective.parameters.device),
             "left_out": json.dumps(dict(study.left_out)),
-            "config": json.dumps(study.config.model_dump(exclude_none=True, exclude={"spectrum", "advise", "track"})),
+            "config": stored_config(study.config, "layers"),
         }
     )
 

@@ -5,7 +5,6 @@ Results of steps are records of `hesscope.estimate`, one file each; the final on
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +37,7 @@ from hesscope.operators import GaussNewton, Hessian
 from hesscope.partition import Partition
 from hesscope.study import loading
 from hesscope.study.analyze import Point, human_seconds, load_objective, settings_fingerprint, some_names
-from hesscope.study.config import SpectrumConfig, StudyConfig
+from hesscope.study.config import SpectrumConfig, StudyConfig, stored_config
 from hesscope.study.steps import Progress, Reporter, Step, run_steps
 from hesscope.study.store import Store
 
@@ -460,7 +459,7 @@ def _merge(study: SpectrumStudy) -> xr.Dataset:
         criterion=outliers.criterion,
         model=study.config.model,
         model_class=type(study.objective.model).__name__,
-        config=json.dumps(study.config.model_dump(exclude_none=True)),
+        config=stored_config(study.config, "spectrum"),
         loss=study.objective.loss.name,
         partition=study.scheme,
         refused=study.refused,
