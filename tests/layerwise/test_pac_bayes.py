@@ -19,6 +19,7 @@ from hesscope.bounds import VarianceGrid, maurer_bound, monte_carlo_upper
 from hesscope.core.errors import DataError, InputError
 from hesscope.layerwise import POSTERIORS, laplace, network_risk, pac_bayes, stochastic_risk
 from tests.helpers import cut, randint, randn, randomized, same
+from tests.language_models import new_model
 from tests.operators.test_undisturbed import untidy, world
 
 GRID = VarianceGrid.geometric(1e-3, 10, 13)
@@ -468,7 +469,8 @@ def test_labels_that_do_not_fit():
         bounded(ignored, network(seed=5))
 
 
-def test_tokens_are_no_independent_samples():
+@pytest.mark.parametrize("flat", [False, True], ids=["one axis of positions", "flattened"])
+def test_tokens_are_no_independent_samples(flat):
     x, y = randn(50, 4, 6, seed=1), randint(2, 50, 4, seed=2)
 
     class Positions(nn.Module):
@@ -477,11 +479,21 @@ def test_tokens_are_no_independent_samples():
             self.inside = network(seed=seed)
 
         def forward(self, x):
-            return self.inside(x).mT
+            return self.inside(x).flatten(0, 1) if flat else self.inside(x).mT
 
-    objective = hs.Objective(Positions(0).double(), "cross_entropy", (x, y))
+    objective = hs.Objective(Positions(0).double(), "cross_entropy", (x, y.flatten() if flat else y))
     with pytest.raises(DataError, match="tokens of a text are not independent samples"):
         bounded(objective, Positions(1).double())
+
+
+def test_a_language_model_has_no_independent_samples():
+    model, before = new_model("gpt2", 50), new_model("gpt2", 50)
+    with torch.no_grad():
+        next(model.parameters()).add_(0.01)
+    tokens = randint(50, 40, 8, seed=1)
+    objective = hs.Objective(model, "cross_entropy", {"input_ids": tokens, "labels": tokens})
+    with pytest.raises(DataError, match="tokens of a text are not independent samples"):
+        bounded(objective, before)
 
 
 def test_losses_without_a_bound(given):

@@ -174,7 +174,8 @@ def test_gradients_are_finite_at_inputs_that_are_zero(dtype):
         for each in posterior.groups:
             each.shift.requires_grad_(), each.variance.requires_grad_()
         outputs, drawn = drawn_outputs(objective, posterior, seeded())
-        last = drawn[-1] if data is x else replace(drawn[-1], mean=drawn[-1].mean[:N], variance=drawn[-1].variance[:N])
+        first = {name: getattr(drawn[-1], name)[:N] for name in ("made", "base", "shift", "variance")}
+        last = drawn[-1] if data is x else replace(drawn[-1], **first)
         (error_probability(last, labels) + outputs.square().sum()).backward()
         for each in posterior.groups:
             assert bool(each.shift.grad.isfinite().all()) and bool(each.variance.grad.isfinite().all())
@@ -276,7 +277,7 @@ def test_is_local_leaves_the_model_and_random_states_alone():
 def random_drawn(C, turned, samples=7):
     left = posteriors.orthonormal(C, 4) if turned else None
     mean, variance = randn(samples, C, seed=1), randn(samples, C, seed=2).exp() / 3
-    return Drawn(mean, mean, variance, left), randint(C, samples, seed=3)
+    return Drawn(mean, mean, torch.zeros_like(mean), variance, left), randint(C, samples, seed=3)
 
 
 def covariance_of(drawn):
@@ -329,7 +330,7 @@ def test_its_gradient_is_that_of_differences(C, turned):
     drawn, labels = random_drawn(C, turned)
 
     def probability(mean, variance):
-        return error_probability(replace(drawn, mean=mean, variance=variance), labels)
+        return error_probability(replace(drawn, base=mean, variance=variance), labels)
 
     assert torch.autograd.gradcheck(probability, [t.clone().requires_grad_() for t in (drawn.mean, drawn.variance)])
 

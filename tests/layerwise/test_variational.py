@@ -10,8 +10,10 @@ from torch import nn
 
 import hesscope as hs
 from hesscope.bounds import kl_inverse
+from hesscope.core.rng import stream
 from hesscope.layerwise import laplace, pac_bayes, variational
 from hesscope.layerwise.axes import groups_of
+from hesscope.layerwise.gaussians import generator_of
 from hesscope.layerwise.laplace import laplace_posterior
 from hesscope.layerwise.risk import require_risk
 from tests.helpers import randint, randn, same
@@ -321,39 +323,51 @@ def test_divergence_is_up_to_the_grid_that_of_the_certificate():
     assert certified == pytest.approx(exact, rel=0.05)  # 13 variances, a factor of 2 apart
 
 
-def test_a_step_goes_down_the_bound():
-    """By the gradient of the bound itself, as finite differences have it, where nothing is random."""
+def test_a_step_follows_the_bound():
+    """Its gradient is that of the bound itself, as finite differences at equal noise have it."""
     objective, before = task()
     run = run_of(objective, before)
-    with torch.no_grad():
-        for log in run.logs:
-            log.fill_(-12.0)
-    loss_of, divergence_of = run._loss, run._divergence
-    generator = torch.Generator
+    parameters = [parameter for options in run.adam.param_groups for parameter in options["params"]]
     with objective.evaluating() as (_, batches):
         index, batch = next(iter(batches))
-        parameters = [p for options in run.adam.param_groups for p in options["params"]]
 
-        def bound():
-            risk = float(loss_of(index, batch, generator().manual_seed(1)).detach())
-            return kl_inverse(risk, (float(divergence_of().detach()) + run.asked.nats) / run.asked.n)
+        def terms():
+            noise = generator_of(stream(0, "bound", "step", 0), torch.device("cpu"))
+            risk = float(run._loss(index, batch, noise).detach())
+            return risk, (float(run._divergence().detach()) + run.asked.nats) / run.asked.n
 
-        run.risk = float(loss_of(index, batch, generator().manual_seed(1)).detach())
-        cost = (float(divergence_of().detach()) + run.asked.nats) / run.asked.n
-        by_risk, by_cost = variational.bound_slopes(run.risk, cost, run.asked.n)
-        loss, divergence = loss_of(index, batch, generator().manual_seed(1)), divergence_of()
-        gradients = torch.autograd.grad(by_risk * loss + by_cost * divergence / run.asked.n, parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            direction = randn(*parameter.shape, seed=7)
-            values = []
-            for sign in (1, -1):
+        wanted = []
+        directions = [randn(*parameter.shape, seed=7) for parameter in parameters]
+        for parameter, direction in zip(parameters, directions, strict=True):
+            bounds = []
+            for step in (1e-5, -2e-5):
                 with torch.no_grad():
-                    parameter += sign * 1e-5 * direction
-                values.append(bound())
-                with torch.no_grad():
-                    parameter -= sign * 1e-5 * direction
-            found = (values[0] - values[1]) / 2e-5
-            assert found == pytest.approx(float((gradient * direction).sum()), rel=1e-3, abs=1e-7)
+                    parameter += step * direction
+                bounds.append(kl_inverse(*terms()))
+            with torch.no_grad():
+                parameter += 1e-5 * direction
+            wanted.append((bounds[0] - bounds[1]) / 2e-5)
+        run.risk = terms()[0]
+        start = [parameter.detach().clone() for parameter in parameters]
+        run.advance(index, batch)
+    found = [float((p.grad * direction).sum()) for p, direction in zip(parameters, directions, strict=True)]
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-7)
+    assert run.step == 1
+    for parameter, was, scale in zip(parameters, start, run._scales, strict=True):  # Adam's first step: its length
+        moved = (parameter.detach() - was)[parameter.grad.abs() > 1e-4]
+        assert torch.allclose(moved.abs(), torch.full_like(moved, variational.RATE * scale), rtol=1e-3)
+
+
+@pytest.mark.parametrize("posterior", OPTIMIZED)
+def test_prior_variances_are_the_best_in_the_end(posterior):
+    objective, before = task()
+    grid = hs.bounds.VarianceGrid.geometric(1e-3, 10, 400)
+    start = bounded(objective, before, posterior, grid=grid, steps=1).certificate.prior_variances
+    found = bounded(objective, before, posterior, grid=grid, steps=60)
+    for each in found.distribution.groups:
+        best = float((each.shift.square() + each.variance).mean())
+        assert each.prior_variance == pytest.approx(best, rel=0.013)  # half a step of the grid
+    assert found.certificate.prior_variances != start
 
 
 def test_a_failing_step_leaves_the_model_as_it_was():

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hesscope._version import __version__
 from hesscope.bounds import (
@@ -229,6 +229,11 @@ def _asked(
     if seconds is not None and (not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds > 0):
         raise InputError(f"seconds must be a positive number, got {seconds!r}")
     risk = require_risk(objective, loss_bound)
+    if isinstance(require_output_loss(objective, "a bound").module, nn.NLLLoss):
+        raise InputError(
+            "the loss NLLLoss is linear in the outputs, so that it shows no curvature: pass 'cross_entropy' for the "
+            "same network, which is the same loss, as log-probabilities are logits, too"
+        )
     start = prior_vector(objective, prior)
     trained = _trained(objective)
     network_risk, n = risks_of_network(objective, risk)

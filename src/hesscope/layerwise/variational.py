@@ -143,7 +143,8 @@ class _Run:
         loss, divergence = self._loss(index, batch, generator), self._divergence()
         self.risk += MEMORY * (float(loss.detach()) - self.risk)
         by_risk, by_cost = bound_slopes(self.risk, (float(divergence.detach()) + asked.nats) / asked.n, asked.n)
-        (by_risk * loss + by_cost * divergence / asked.n).backward()  # type: ignore[no-untyped-call]
+        # In units of the divergence: near a bound of 1 both slopes are too small for Adam.
+        (by_risk / by_cost * asked.n * loss + divergence).backward()  # type: ignore[no-untyped-call]
         self.adam.step()
         self.step += 1
 
