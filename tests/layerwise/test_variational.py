@@ -324,7 +324,7 @@ def test_divergence_is_up_to_the_grid_that_of_the_certificate():
 
 
 def test_a_step_follows_the_bound():
-    """Its gradient is that of the bound itself, as finite differences at equal noise have it."""
+    """Its gradient is n / slope times that of the bound itself, as finite differences at equal noise have it."""
     objective, before = task()
     run = run_of(objective, before)
     parameters = [parameter for options in run.adam.param_groups for parameter in options["params"]]
@@ -347,10 +347,11 @@ def test_a_step_follows_the_bound():
             with torch.no_grad():
                 parameter += 1e-5 * direction
             wanted.append((bounds[0] - bounds[1]) / 2e-5)
-        run.risk = terms()[0]
+        run.risk, cost = terms()
+        unit = variational.bound_slopes(run.risk, cost, run.asked.n)[1] / run.asked.n
         start = [parameter.detach().clone() for parameter in parameters]
         run.advance(index, batch)
-    found = [float((p.grad * direction).sum()) for p, direction in zip(parameters, directions, strict=True)]
+    found = [unit * float((p.grad * direction).sum()) for p, direction in zip(parameters, directions, strict=True)]
     assert found == pytest.approx(wanted, rel=1e-4, abs=1e-7)
     assert run.step == 1
     for parameter, was, scale in zip(parameters, start, run._scales, strict=True):  # Adam's first step: its length

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, sqrt
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from hesscope.core.rng import stream
 from hesscope.estimate.estimate import Estimate
 from hesscope.layerwise.gaussians import Posterior, generator_of
 from hesscope.layerwise.reparametrized import is_local, reparametrized
-from hesscope.layerwise.risk import Risk, in_chunks, outputs_of_samples, require_risk
+from hesscope.layerwise.risk import CHUNK, Risk, in_chunks, outputs_of_samples, require_risk
 from hesscope.objective import Objective
 from hesscope.objective.pieces import chosen, count_samples
 
@@ -127,15 +127,19 @@ def _by_samples(
     objective: Objective, posterior: Posterior, risk: Risk, draws: int, generator: torch.Generator, share: float
 ) -> DrawnRisk:
     prior = posterior.prior_mean()
-    total, squares, done = 0.0, 0.0, 0
+    total, squares, done, samples = 0.0, 0.0, 0, 0
     while done < draws:  # whole passes: every sample counts equally
+        # After the first pass samples that are few go through several times at once.
+        times = min(CHUNK // samples, ceil((draws - done) / samples)) if 0 < samples < CHUNK else 1
         with objective.evaluating() as (_, batches), torch.no_grad():
             for index, batch in _some(in_chunks(batches), share, generator):
+                batch = chosen(batch, torch.arange(count_samples(batch)).repeat(times)) if times > 1 else batch
                 with reparametrized(objective, posterior.groups, generator):
                     outputs, targets = outputs_of_samples(objective, prior, batch, index)
                 risks = risk.of(objective, outputs, targets).double()
                 total, squares = total + float(risks.sum()), squares + float(risks.square().sum())
                 done += len(risks)
+        samples = samples or done
     mean = min(total / done, 1.0)
     # Draws at different samples have different means: this is not below the standard error.
     return DrawnRisk(mean, done, sqrt(max(squares / done - mean**2, 0.0) / done) if done > 1 else float("nan"))
