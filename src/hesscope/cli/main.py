@@ -320,17 +320,17 @@ def bound(
     else:
         run = choose_bound(what, **given)
     from hesscope.report.bound_page import write_bound_page
-    from hesscope.report.bound_words import bound_headline, bound_table
+    from hesscope.report.bound_words import bound_sentences, bound_table
 
     try:
         _carry_out(run, describe_bound, run_bound)
     except KeyboardInterrupt:
         if reached := bound_results(run):  # every one of them holds
-            _print_findings(bound_headline(reached), bound_table(reached))
+            _print_findings("\n".join(bound_sentences(reached)), bound_table(reached))
         raise
     print(WRITING, flush=True)
     found = bound_results(run)
-    _print_findings(bound_headline(found), bound_table(found))
+    _print_findings("\n".join(bound_sentences(found)), bound_table(found))
     page = write_bound_page(run.folder, found, _command(), run.title)
     print(f"page: {page.resolve()}")
 

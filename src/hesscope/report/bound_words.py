@@ -132,8 +132,14 @@ def read(results: Sequence[xr.Dataset]) -> list[Shown]:
 
 
 def bound_headline(results: Sequence[xr.Dataset]) -> str:
-    """What is guaranteed, how near it is to the truth, and what the Kronecker basis bought: one sentence."""
+    """What is guaranteed, and how near it is to the truth: one sentence."""
     return headline(read(results))
+
+
+def bound_sentences(results: Sequence[xr.Dataset]) -> list[str]:
+    """The headline, which bound it is of, how near the truth is, what the Kronecker basis bought, the control."""
+    shown = read(results)
+    return [headline(shown), *findings(shown)]
 
 
 def bound_table(results: Sequence[xr.Dataset]) -> list[tuple[str, ...]]:
@@ -217,7 +223,7 @@ def optimization(each: Shown) -> str:
 
 
 def headline(shown: Sequence[Shown]) -> str:
-    """One sentence: the guarantee, the truth, the basis; of random labels alone that of the control."""
+    """One sentence: the guarantee and the truth; of random labels alone that of the control."""
     if not shown:
         return "No bound has been computed yet."
     true = of_labels(shown, "true")
@@ -225,33 +231,35 @@ def headline(shown: Sequence[Shown]) -> str:
         return control_said(shown)
     best = lowest(true)
     certificate = best.record.certificate
-    posterior = best.name if best.record.finished else f"{best.name}, {optimization(best)}"
-    picked = (
-        f" ({confidence(failure_together(true))} counting that it is the lowest of {len(true)})"
-        if len(true) > 1
-        else ""
-    )
     said = (
-        f"With {confidence(certificate.delta)} confidence{picked} the {best.record.risk} of the "
-        f"{_short(best.network)}, its weights drawn at random (posterior: {posterior}), is at most "
-        f"{guaranteed(best.bound, certificate.bound_stderr)}"
+        f"With {confidence(certificate.delta)} confidence the {best.record.risk} of the {_short(best.network)} with "
+        f"random weights is at most {guaranteed(best.bound, certificate.bound_stderr)}"
     )
     if best.is_vacuous:
         said += ", which is no better than guessing"
-    rest = [f"{_truth(best)}"] if isfinite(best.held_out_risk) else []
-    rest += [basis for basis in (_short_basis(true),) if basis]
-    return f"{said}{': ' if rest else ''}{', and '.join(rest)}."
+    return f"{said}: {_truth(best)}." if isfinite(best.held_out_risk) else f"{said}."
 
 
 def findings(shown: Sequence[Shown]) -> list[str]:
-    """Sentences below the headline: how near the truth is, what the basis bought, the control."""
+    """Sentences below the headline: which bound it is, how near the truth is, what the basis bought, the control."""
     true = of_labels(shown, "true")
     said = []
     if true:
-        said += [_nearness_said(lowest(true))]
+        said += [_picked_said(true), _nearness_said(lowest(true))]
         said += [basis_said(true, *pair) for pair in PAIRS]
         said += [control_said(shown)] if of_labels(shown, "random") else []
     return [each for each in said if each]
+
+
+def _picked_said(true: Sequence[Shown]) -> str:
+    best = lowest(true)
+    posterior = best.name if best.record.finished else f"{best.name}, {optimization(best)}"
+    if len(true) == 1:
+        return f"The weights are drawn from the posterior “{posterior}” for every input."
+    return (
+        f"This is the lowest of {len(true)} bounds (posterior “{posterior}”, from which the weights are drawn for "
+        f"every input): counting the choice, the confidence is {confidence(failure_together(true))}."
+    )
 
 
 def basis_said(shown: Sequence[Shown], words: str, with_basis: str, without: str) -> str:
@@ -407,21 +415,6 @@ def _truth(each: Shown) -> str:
     if each.is_exact:
         return f"the truth is {risk}"
     return f"on {each.held_out_what} it is {risk}" if each.held_out_what else f"held out it is {risk}"
-
-
-def _short_basis(true: Sequence[Shown]) -> str:
-    """What the basis bought, as a clause; empty if no pair of bounds tells."""
-    found = finished_pair(true)
-    if found is None:
-        return ""
-    words, kronecker, diagonal = found
-    gain, error, is_clear = _gain(kronecker, diagonal)
-    against = f"the diagonal one, both {words}"
-    if gain == 0 or not is_clear:
-        return f"the Kronecker basis bought nothing measurable against {against}"
-    if gain < 0:
-        return f"the Kronecker basis bought nothing, {_points_with_error(-gain, error)} above {against}"
-    return f"the Kronecker basis lowers the bound by {_points_with_error(gain, error)} against {against}"
 
 
 def _nearness_said(best: Shown) -> str:
