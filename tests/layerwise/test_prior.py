@@ -136,7 +136,11 @@ def test_running_statistics_that_have_seen_the_data():
 def test_running_statistics_must_be_given():
     model, before = normalized(), normalized(1)
     for prior in (dict(before.named_parameters()), vector_of(before)):
-        refused(model, prior, "prior does not say what the buffer '1.running_mean' was before the data")
+        refused(
+            model,
+            prior,
+            "prior does not say what '1.running_mean', which is not among the trained parameters, was before the data",
+        )
 
 
 def test_frozen_parameters():
@@ -148,7 +152,9 @@ def test_frozen_parameters():
         parameter.requires_grad_(False)
     kept = torch.cat([p.detach().flatten() for p in before[2].parameters()])
     assert torch.equal(prior_vector(objective(model), before), kept)
-    assert torch.equal(prior_vector(objective(model), kept), kept)
+    given = {name: p for name, p in before.named_parameters() if name.startswith("2.")}
+    for prior in (kept, given):  # what was frozen may have been trained before
+        refused(model, prior, "prior does not say what '0.weight', which is not among the trained parameters, was")
     with torch.no_grad():
         model[0].weight.add_(1)
     refused(model, before, "'0.weight' has changed since the prior, but is not among the trained parameters")
@@ -170,3 +176,15 @@ def test_tied_parameters():
     for prior in (before, before.state_dict(), dict(before.named_parameters())):
         assert torch.equal(prior_vector(objective(model), prior), vector_of(before))
     refused(model, model, "its 'a.weight' is the trained network's own tensor")
+
+
+def test_the_trained_network_up_to_rounding():
+    model = net()
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(parameter))
+    for prior in (copy.deepcopy(trained).bfloat16().to(torch.float64), vector_of(trained) * (1 + 1e-6)):
+        refused(trained, prior, "prior depends on the data: it equals the trained network")
+    further = vector_of(trained) * 1.02
+    assert torch.equal(prior_vector(objective(trained), further), further)

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import hesscope as hs
+from hesscope.core.errors import DataError
 from hesscope.layerwise.gaussians import generator_of
+from hesscope.layerwise.gibbs import draw_risk
 from hesscope.layerwise.reparametrized import Drawn, error_probability, is_local, reparametrized
 from tests.helpers import F64, call_flat, randint, randn, randomized, relative_error
 from tests.layerwise import networks, posteriors
@@ -341,3 +343,47 @@ def test_generators_are_seeded_from_all_of_their_stream():
     first, second = (generator_of(stream(0, "a"), torch.device("cpu")) for _ in range(2))
     assert torch.equal(torch.randn(5, generator=first), torch.randn(5, generator=second))
     assert generator_of(stream(0, "b"), torch.device("cpu")).initial_seed() != first.initial_seed()
+
+
+# --- every batch ------------------------------------------------------------------------------------------------------
+
+
+class SometimesTwice(nn.Module):
+    """In batches whose inputs are large a layer is used twice, with one weight for both."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        return self.last(h) + self.last(h) if float(x.mean()) > 5 else self.last(h)
+
+
+class BesideAMaskedOutput(nn.Module):
+    """A weight is used beside its layer, and an output that never wins hides it behind a large number."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 7), nn.Linear(7, 2)
+
+    def forward(self, x):
+        made = self.last(torch.relu(self.first(x))) + x @ self.first.weight.mean(0)[:, None]
+        return torch.cat([made, torch.full_like(made[:, :1], -1e9)], dim=1)
+
+
+def test_every_batch_is_looked_at():
+    x, labels = randn(N, 5, seed=1), randint(3, N, seed=2)
+    model = SometimesTwice().double()
+    objective = hs.Objective(model, "cross_entropy", [(x, labels), (x + 20, labels)])
+    posterior = posteriors.random_posterior(objective)
+    assert not is_local(objective, posterior)
+    risk = hs.layerwise.risk.Risk()
+    with pytest.raises(DataError, match="called otherwise in batch 1"):
+        draw_risk(objective, posterior, risk, N, True, 0)
+
+
+def test_a_large_output_hides_nothing():
+    x, labels = randn(N, 5, seed=1), randint(2, N, seed=2)
+    objective = hs.Objective(BesideAMaskedOutput().double(), "cross_entropy", (x, labels))
+    assert not is_local(objective, posteriors.random_posterior(objective))

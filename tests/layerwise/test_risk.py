@@ -202,10 +202,10 @@ BAD = {
         2.0,
         "loss_bound does not go with class weights",
     ),
-    "zero": ("cross_entropy", 0.0, r"loss_bound must be positive and finite, got 0\.0"),
-    "negative": ("cross_entropy", -1.0, r"loss_bound must be positive and finite, got -1\.0"),
-    "infinite": ("cross_entropy", math.inf, "loss_bound must be positive and finite, got inf"),
-    "nan": ("cross_entropy", math.nan, "loss_bound must be positive and finite, got nan"),
+    "zero": ("cross_entropy", 0.0, r"loss_bound must be a positive, finite number, got 0\.0"),
+    "negative": ("cross_entropy", -1.0, r"loss_bound must be a positive, finite number, got -1\.0"),
+    "infinite": ("cross_entropy", math.inf, "loss_bound must be a positive, finite number, got inf"),
+    "nan": ("cross_entropy", math.nan, "loss_bound must be a positive, finite number, got nan"),
     "callable": (a_loss, None, "the risk of a network needs the loss as a function of the model's outputs"),
 }
 

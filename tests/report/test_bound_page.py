@@ -162,7 +162,7 @@ def said_of(results):
 def test_headline_has_guarantee_and_truth():
     said = plain(bound_headline(everything()[:5]))
     assert said == (
-        "With 95 % confidence the classification error of the 192-600-2 ReLU network with random weights is at most "
+        "With 91 % confidence the classification error of the 192-600-2 ReLU network with random weights is at most "
         "8.50 %: the truth is 1.62 ± 0.03 %."
     )
     assert "is at most 8.30 %: the truth is 1.58" in plain(bound_headline(everything()))
@@ -174,7 +174,7 @@ def test_which_bound_it_is():
     assert sentences[0] == plain(bound_headline(everything()[:5]))
     assert sentences[1] == (
         "This is the lowest of 5 bounds (posterior “Kronecker, optimized”, from which the weights are drawn for every "
-        "input): counting the choice, the confidence is 91 %."
+        "input); each by itself has 95 % confidence, and the choice costs the rest."
     )
     assert "lowers the bound by 2.30 ± 0.06 points" in sentences[3]
     alone, _ = said_of([result()])

@@ -27,7 +27,8 @@ class Spread:
 
     Attributes:
         group: name of the layer, or of the tensor; basis: "kronecker" or "parameters", what the axes are.
-        curvature: [k] second derivatives of the loss along the axes, ascending; deviation: [k] standard deviations.
+        curvature: [k] second derivatives of the loss along the axes, ascending: those that the closed form was made of,
+            or with refreshed axes the mean over networks drawn from the posterior; deviation: [k] standard deviations.
             Of groups with more axes than are kept, those at evenly spaced ranks of the curvature.
         axes: how many there are in all; prior_deviation: sqrt of the prior variance, the same along all of them.
     """

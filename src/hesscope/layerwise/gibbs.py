@@ -20,7 +20,7 @@ from hesscope.core.records import Provenance
 from hesscope.core.rng import stream
 from hesscope.estimate.estimate import Estimate
 from hesscope.layerwise.gaussians import Posterior, generator_of
-from hesscope.layerwise.reparametrized import is_local, reparametrized
+from hesscope.layerwise.reparametrized import is_local, reparametrized, require_one_each
 from hesscope.layerwise.risk import CHUNK, Risk, in_chunks, outputs_of_samples, require_risk
 from hesscope.objective import Objective
 from hesscope.objective.pieces import chosen, count_samples
@@ -132,10 +132,11 @@ def _by_samples(
         # After the first pass samples that are few go through several times at once.
         times = min(CHUNK // samples, ceil((draws - done) / samples)) if 0 < samples < CHUNK else 1
         with objective.evaluating() as (_, batches), torch.no_grad():
-            for index, batch in _some(in_chunks(batches), share, generator):
+            for index, batch in _some(in_chunks(objective, batches), share, generator):
                 batch = chosen(batch, torch.arange(count_samples(batch)).repeat(times)) if times > 1 else batch
-                with reparametrized(objective, posterior.groups, generator):
+                with reparametrized(objective, posterior.groups, generator) as drawn:
                     outputs, targets = outputs_of_samples(objective, prior, batch, index)
+                require_one_each(drawn, len(posterior.groups), len(outputs), index)
                 risks = risk.of(objective, outputs, targets).double()
                 total, squares = total + float(risks.sum()), squares + float(risks.square().sum())
                 done += len(risks)
@@ -153,7 +154,7 @@ def _by_networks(
         thetas = torch.stack([posterior.draw(generator) for _ in range(min(TOGETHER, draws - len(risks)))])
         totals, samples = torch.zeros(len(thetas), dtype=torch.float64), 0
         with objective.evaluating() as (_, batches), torch.no_grad():
-            for index, batch in _some(in_chunks(batches), share, generator):
+            for index, batch in _some(in_chunks(objective, batches, len(thetas)), share, generator):
                 outputs, targets = _outputs_of_several(objective, thetas, batch, index)
                 totals += torch.stack([risk.of(objective, each, targets).double().sum().cpu() for each in outputs])
                 samples += len(outputs[0])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def pac_bayes_bound(
         DataError: samples without exactly one label each, or that depend on each other.
     """
     began = time.perf_counter()
-    asked = _asked(objective, prior, posterior, delta, loss_bound, grid, draws, steps, seconds, seed)
+    asked = _asked(objective, prior, posterior, delta, loss_bound, grid, draws, steps, seconds, seed, state)
     report = _Reports(asked, progress)
     axes = kronecker_axes(objective, asked.groups) if posterior.startswith("kronecker") else _parameter_axes(asked)
     curvature = _curvature(asked, objective, axes)
@@ -139,7 +140,7 @@ def pac_bayes_bound(
         drawn = draw_risk(objective, now.posterior, asked.risk, count, local, seed, "certificate", posterior, now.steps)
         along = best.curvature
         if posterior == "kronecker_refreshed" and now.steps:
-            along = curvature_along(objective, asked.groups, now.posterior.axes(), seed)
+            along = _felt(asked, now.posterior.axes(), now.posterior, laplace.SOUNDINGS)
         return _record(asked, now, drawn, along, local, time.perf_counter() - began)
 
     final = Round(best.posterior, 0)
@@ -214,18 +215,23 @@ def _asked(
     draws: int | None,
     steps: int,
     seconds: float | None,
-    seed: int,
+    seed: Any,
+    state: Any,
 ) -> _Asked:
     if not isinstance(objective, Objective):
         raise InputError(f"objective must be a hesscope.Objective, got {type(objective).__name__}")
     require_choice("posterior", posterior, POSTERIORS)
-    if isinstance(delta, bool) or not isinstance(delta, (int, float)) or not 0 < delta < 1:
+    if isinstance(delta, bool) or not isinstance(delta, (int, float, np.floating)) or not 0 < delta < 1:
         raise InputError(f"delta must lie in (0, 1), the probability with which the bound may fail, got {delta!r}")
     if not isinstance(grid, VarianceGrid):
         raise InputError(f"grid must be a hesscope.bounds.VarianceGrid, got {type(grid).__name__}")
     require_positive_int("steps", steps)
     if draws is not None:
         require_positive_int("draws", draws)
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise InputError(f"seed must be an integer, got {seed!r}")
+    if state is not None and (not isinstance(state, (str, Path)) or Path(state).is_dir()):
+        raise InputError(f"state must be the path of a file, got {state!r}")
     if seconds is not None and (not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds > 0):
         raise InputError(f"seconds must be a positive number, got {seconds!r}")
     risk = require_risk(objective, loss_bound)
@@ -238,7 +244,10 @@ def _asked(
     trained = _trained(objective)
     network_risk, n = risks_of_network(objective, risk)
     groups, fallback = groups_of(objective)
-    classes = _classes(objective) if loss_bound is None else None
+    outputs = first_outputs(objective)
+    classes = int(outputs.shape[1]) if loss_bound is None else None
+    if classes == 1:
+        raise InputError("a network with one output classifies nothing: its classification error is always 0")
     share = 1 - MONTE_CARLO_SHARE
     require_enough_samples(n, share * delta, len(groups), grid, 0.5 if classes is None else 1 - 1 / classes)
     settings = (__version__, posterior, objective.data_fingerprint, objective.loss.name, loss_bound, grid.values)
@@ -255,8 +264,8 @@ def _asked(
         delta,
         grid,
         steps,
-        seed,
-        fingerprint((*map(str, settings), delta, steps, seed, start, trained, _weights(objective))),
+        int(seed),
+        fingerprint((*map(str, settings), delta, steps, seed, start, trained, _weights(objective), outputs)),
     )
 
 
@@ -270,10 +279,11 @@ def _trained(objective: Objective) -> Tensor:
         return theta.detach().clone()
 
 
-def _classes(objective: Objective) -> int:
+def first_outputs(objective: Objective) -> Tensor:
+    """Outputs of the trained network on the first batch."""
     with objective.evaluating() as (theta, batches), torch.no_grad():
         index, batch = next(iter(batches))
-        return int(objective.outputs_and_targets(theta, batch, index)[0].shape[1])
+        return objective.outputs_and_targets(theta, batch, index)[0]
 
 
 def _parameter_axes(asked: _Asked) -> dict[str, Axes]:

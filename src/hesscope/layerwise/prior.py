@@ -51,8 +51,8 @@ def prior_vector(objective: Objective, prior: Any) -> Tensor:
                     "memory with the network); pass a copy made before training, copy.deepcopy(model)"
                 )
         _require_fixed(objective, tensors)
-    # In the prior's own dtype: the trained network rounded to fewer digits is no less dependent.
-    if all(bool((tensor == trained[name].to(tensor)).all()) for name, tensor in given.items()):
+    # The trained network rounded to fewer digits, or scaled by next to nothing, is no less dependent.
+    if all(_nearly_equal(tensor, trained[name]) for name, tensor in given.items()):
         raise InputError(
             "prior depends on the data: it equals the trained network; pass the network as it was before training"
         )
@@ -77,24 +77,31 @@ def _tensors(prior: Any) -> dict[str, Tensor]:
     )
 
 
+def _nearly_equal(prior: Tensor, trained: Tensor) -> bool:
+    """Whether every entry is the trained one up to the rounding of bfloat16."""
+    prior, trained = prior.to(trained.device).double(), trained.double()
+    return bool(((prior - trained).abs() <= torch.finfo(torch.bfloat16).eps * trained.abs()).all())
+
+
 def _require_floating(what: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise InputError(f"{what} must be of floating-point numbers, got {tensor.dtype}")
 
 
 def _require_fixed(objective: Objective, prior: Mapping[str, Tensor]) -> None:
-    """Raise unless what is not trained by gradients is as it was before the data, as far as the prior says."""
+    """Raise unless what is not trained by gradients is as it was before the data."""
     model, trained = objective.model, objective.parameters.names
-    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-    fixed = {**buffers, **{name: p.detach() for name, p in model.named_parameters() if name not in trained}}
+    fixed = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    fixed |= {name: p.detach() for name, p in model.named_parameters() if name not in trained}
     for name, tensor in fixed.items():
-        if name in prior and not torch.equal(prior[name].to(tensor), tensor):
+        if name not in prior:
+            raise InputError(
+                f"prior does not say what {name!r}, which is not among the trained parameters, was before the data: "
+                "pass the network at initialization or its whole state dict"
+            )
+        if prior[name].shape != tensor.shape or not torch.equal(prior[name].to(tensor), tensor):
             raise InputError(
                 f"{name!r} has changed since the prior, but is not among the trained parameters: what was fitted to "
-                "the data in another way (running statistics of a batch norm) makes the prior depend on them"
-            )
-        if name not in prior and name in buffers:
-            raise InputError(
-                f"prior does not say what the buffer {name!r} was before the data: pass the network at initialization "
-                "or its whole state dict"
+                "the data in another way (running statistics of a batch norm, layers frozen after training) makes the "
+                "prior depend on them"
             )

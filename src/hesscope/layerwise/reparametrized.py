@@ -16,10 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hesscope.core.errors import DataError
 from hesscope.core.rng import stream
 from hesscope.layerwise.gaussians import GroupPosterior, Posterior, generator_of, noise_like
+from hesscope.layerwise.risk import in_chunks
 from hesscope.layerwise.taps import calls_of
 from hesscope.objective import Objective
+
+# Outputs of one network in two ways agree to this share of what the draw changed, and so many roundings.
+SAME_CHANGE, ROUNDINGS = 1e-3, 100
 
 
 @dataclass
@@ -62,9 +67,9 @@ def reparametrized(
 def is_local(objective: Objective, posterior: Posterior) -> bool:
     """Whether the posterior's networks can be drawn sample by sample.
 
-    The structure says so, and one network that is drawn is the same by its parameters and by its layers' outputs on the
-    first batch (it would not be if a weight were used beside its layer). The network at the mean would not do: where
-    the loss is flat, it is the prior's.
+    The structure says so, and one network that is drawn is the same by its parameters and by its layers' outputs on all
+    data (it would not be if a weight were used beside its layer). The network at the mean would not do: where the loss
+    is flat, it is the prior's.
     """
     layers = [each.group.layer for each in posterior.groups]
     if any(layer is None or layer.kind != "linear" for layer in layers):
@@ -78,13 +83,32 @@ def is_local(objective: Objective, posterior: Posterior) -> bool:
     )
     prior, network = posterior.prior_mean(), replace(posterior, groups=groups).mean()
     with objective.evaluating() as (_, batches), torch.no_grad():
-        index, batch = next(iter(batches))
-        wanted, _ = objective.outputs_and_targets(network, batch, index)
-        with reparametrized(objective, groups, None) as drawn:
-            found, _ = objective.outputs_and_targets(prior, batch, index)
-        one_each = all(each.mean.ndim == 2 and len(each.mean) == len(wanted) for each in drawn)
-    allowed = 1e3 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
-    return one_each and bool(((found - wanted).abs() <= allowed).all())
+        for index, batch in in_chunks(objective, batches):
+            wanted, _ = objective.outputs_and_targets(network, batch, index)
+            start, _ = objective.outputs_and_targets(prior, batch, index)
+            with reparametrized(objective, groups, None) as drawn:
+                found, _ = objective.outputs_and_targets(prior, batch, index)
+            if not is_one_each(drawn, len(groups), len(wanted)) or not _same_change(found, wanted, start):
+                return False
+    return True
+
+
+def is_one_each(drawn: Sequence[Drawn], layers: int, samples: int) -> bool:
+    """Whether each layer was called once, with one input for each sample."""
+    return len(drawn) == layers and all(each.base.ndim == 2 and len(each.base) == samples for each in drawn)
+
+
+def require_one_each(drawn: Sequence[Drawn], layers: int, samples: int, index: int) -> None:
+    """Raise DataError unless each layer was called once for each sample of a batch."""
+    if not is_one_each(drawn, layers, samples):
+        raise DataError(f"the layers of the network are called otherwise in batch {index} than in those before it")
+
+
+def _same_change(found: Tensor, wanted: Tensor, start: Tensor) -> bool:
+    """Whether two networks have equal outputs, output by output beside what a draw changes, up to rounding."""
+    rounding = ROUNDINGS * torch.finfo(wanted.dtype).eps * wanted.abs().amax(0)
+    allowed = SAME_CHANGE * (wanted - start).abs().amax(0) + rounding
+    return bool(((found - wanted).abs() <= allowed).all())
 
 
 def error_probability(drawn: Drawn, labels: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesscope.bounds.arguments import require_positive
 from hesscope.core.errors import DataError, InputError
+from hesscope.layerwise.taps import PIECE_BYTES
 from hesscope.objective import Objective
 from hesscope.objective.losses import ELEMENTWISE
 from hesscope.objective.objective import require_output_loss
@@ -43,7 +45,7 @@ class Risk:
         )
 
     def of(self, objective: Objective, outputs: Tensor, targets: Tensor) -> Tensor:
-        """[n] risks in [0, 1] of samples; an output that is not finite counts as the worst.
+        """[n] risks in [0, 1] of samples; an output or a loss that is not finite counts as the worst.
 
         Raises:
             DataError: outputs and targets are not one for each sample, or labels are ignored.
@@ -55,8 +57,8 @@ class Risk:
         else:
             # Some losses go below 0 (Poisson's without its constant): that they count as 0 keeps the bound above them.
             risks = (self._losses(objective, outputs, targets) / self.loss_bound).clamp(0.0, 1.0)
-        finite = outputs.isfinite()
-        return torch.where(finite.flatten(1).all(1) if finite.ndim > 1 else finite, risks, torch.ones_like(risks))
+        finite = outputs.isfinite().reshape(len(outputs), -1).all(1) & risks.isfinite()
+        return torch.where(finite, risks, torch.ones_like(risks))
 
     def surrogate(self, objective: Objective, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean of something differentiable that is never below the risk: cross-entropy in bits, or the loss itself."""
@@ -88,17 +90,18 @@ def require_risk(objective: Objective, loss_bound: float | None) -> Risk:
             "only classifiers (cross-entropy, NLL) have a risk in [0, 1], their classification error"
         )
     if loss_bound is not None:
-        if not 0 < loss_bound < float("inf"):
-            raise InputError(f"loss_bound must be positive and finite, got {loss_bound!r}")
+        require_positive("loss_bound", loss_bound)
         if getattr(loss.module, "weight", None) is not None:
             raise InputError("loss_bound does not go with class weights: the mean is not one over samples")
     return Risk(loss_bound)
 
 
-def in_chunks(batches: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """The numbered batches, cut into CHUNK samples or fewer."""
+def in_chunks(objective: Objective, batches: Iterator[tuple[int, Any]], networks: int = 1) -> Iterator[tuple[int, Any]]:
+    """The numbered batches, cut into CHUNK samples or fewer: so few that the activations of all networks fit."""
+    budget = PIECE_BYTES.get(objective.parameters.device.type, PIECE_BYTES["cuda"])
+    parts = ceil(networks * objective.graph_bytes / budget)
     for index, batch in batches:
-        for part in cut(batch, ceil(count_samples(batch) / CHUNK)):
+        for part in cut(batch, max(parts, ceil(count_samples(batch) / CHUNK))):
             yield index, part
 
 
@@ -122,7 +125,7 @@ def risks_of_network(objective: Objective, risk: Risk, vector: Tensor | None = N
     """(mean risk of one network, number of samples); the objective's own network unless a vector [P] is given."""
     total, samples = 0.0, 0
     with objective.evaluating() as (theta, batches), torch.no_grad():
-        for index, batch in in_chunks(batches):
+        for index, batch in in_chunks(objective, batches):
             outputs, targets = outputs_of_samples(objective, theta if vector is None else vector, batch, index)
             risks = risk.of(objective, outputs, targets)
             total, samples = total + float(risks.double().sum()), samples + len(risks)

@@ -81,18 +81,20 @@ def optimized(
 ) -> Round:
     """Optimize from `start`, whose risk on the samples is `risk`, until the steps or the seconds are over.
 
-    A state file is written after every round; from it a call with equal settings goes on, to the same numbers.
+    A state file is written after every round; from it a call with equal settings goes on, to the same numbers. Where
+    something is no longer finite, the last round is what there is.
     """
     began = time.perf_counter()
     run = _Run(asked, start, risk)
     if state is not None and state.exists():
         run.load(state)
     length = ceil(asked.steps / ROUNDS)
-    late = False
+    late, last = False, Round(run.posterior(), run.step)
     while run.step < asked.steps and not late:
         with closing(run.batches()) as batches:
             for index, batch in batches:
-                run.advance(index, batch)
+                if not run.advance(index, batch):
+                    return last
                 on_step(run.step)
                 late = seconds is not None and time.perf_counter() - began > seconds
                 if late or run.step % length == 0 or run.step == asked.steps:
@@ -102,7 +104,8 @@ def optimized(
                 run.turn(asked.refresh(run.posterior()))
             if state is not None:
                 run.save(state)
-            on_round(Round(run.posterior(), run.step))
+            last = Round(run.posterior(), run.step)
+            on_round(last)
     if state is not None:
         run.save(state)
     return Round(run.posterior(), run.step)
@@ -133,20 +136,23 @@ class _Run:
                     yield index, chosen(batch, part)
                 behind = max(0, behind - parts)
 
-    def advance(self, index: int, batch: Any) -> None:
-        """One step of Adam on a batch."""
+    def advance(self, index: int, batch: Any) -> bool:
+        """One step of Adam on a batch; False, and no step, if something is no longer finite."""
         asked = self.asked
         generator = generator_of(stream(asked.seed, "bound", "step", self.step), self.prior.device)
         for options, scale in zip(self.adam.param_groups, self._scales, strict=True):
             options["lr"] = RATE * scale * (1 + cos(pi * self.step / asked.steps)) / 2
         self.adam.zero_grad()
         loss, divergence = self._loss(index, batch, generator), self._divergence()
+        if not bool((loss + divergence).isfinite()):
+            return False
         self.risk += MEMORY * (float(loss.detach()) - self.risk)
         by_risk, by_cost = bound_slopes(self.risk, (float(divergence.detach()) + asked.nats) / asked.n, asked.n)
         # In units of the divergence: near a bound of 1 both slopes are too small for Adam.
         (by_risk / by_cost * asked.n * loss + divergence).backward()  # type: ignore[no-untyped-call]
         self.adam.step()
         self.step += 1
+        return True
 
     def posterior(self) -> Posterior:
         """The present one, with the best prior variances of the grid."""
@@ -180,13 +186,16 @@ class _Run:
         """Go on from a file, unless it is of other settings or cannot be read."""
         try:
             state = torch.load(path, map_location=self.prior.device, weights_only=True)
+            if state["settings"] != self.asked.settings:
+                return
+            axes = [Axes(left, right) for left, right in state["axes"]]
+            shifts, logs, adam = state["shifts"], state["logs"], state["adam"]
+            step, risk = int(state["step"]), float(state["risk"])
         except Exception:  # half a file, or none of ours: begin anew
             return
-        if not isinstance(state, dict) or state.get("settings") != self.asked.settings:
-            return
-        self._set([Axes(left, right) for left, right in state["axes"]], state["shifts"], state["logs"])
-        self.adam.load_state_dict(state["adam"])
-        self.step, self.risk = int(state["step"]), float(state["risk"])
+        self._set(axes, shifts, logs)
+        self.adam.load_state_dict(adam)
+        self.step, self.risk = step, risk
 
     def _set(self, axes: list[Axes], shifts: list[Tensor], logs: list[Tensor]) -> None:
         self.axes = axes

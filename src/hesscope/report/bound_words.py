@@ -230,10 +230,11 @@ def headline(shown: Sequence[Shown]) -> str:
     if not true:
         return control_said(shown)
     best = lowest(true)
-    certificate = best.record.certificate
+    bound = guaranteed(best.bound, best.record.certificate.bound_stderr)
+    sure = confidence(failure_together(true))  # of the lowest of several bounds less than of each
     said = (
-        f"With {confidence(certificate.delta)} confidence the {best.record.risk} of the {_short(best.network)} with "
-        f"random weights is at most {guaranteed(best.bound, certificate.bound_stderr)}"
+        f"With {sure} confidence the {best.record.risk} of the {_short(best.network)} with random weights is at most "
+        f"{bound}"
     )
     if best.is_vacuous:
         said += ", which is no better than guessing"
@@ -256,9 +257,10 @@ def _picked_said(true: Sequence[Shown]) -> str:
     posterior = best.name if best.record.finished else f"{best.name}, {optimization(best)}"
     if len(true) == 1:
         return f"The weights are drawn from the posterior “{posterior}” for every input."
+    alone = confidence(best.record.certificate.delta)
     return (
         f"This is the lowest of {len(true)} bounds (posterior “{posterior}”, from which the weights are drawn for "
-        f"every input): counting the choice, the confidence is {confidence(failure_together(true))}."
+        f"every input); each by itself has {alone} confidence, and the choice costs the rest."
     )
 
 

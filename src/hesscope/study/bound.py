@@ -27,9 +27,9 @@ from hesscope.data import LabelledData
 from hesscope.layerwise.axes import groups_of
 from hesscope.layerwise.bound_record import PacBayesBound
 from hesscope.layerwise.gibbs import stochastic_risk
-from hesscope.layerwise.pac_bayes import MONTE_CARLO_SHARE, OPTIMIZED, POSTERIORS, pac_bayes_bound
+from hesscope.layerwise.pac_bayes import MONTE_CARLO_SHARE, OPTIMIZED, POSTERIORS, first_outputs, pac_bayes_bound
 from hesscope.layerwise.prior import prior_vector
-from hesscope.layerwise.risk import network_risk
+from hesscope.layerwise.risk import Risk, network_risk, require_risk, risks_of_network
 from hesscope.objective import Objective
 from hesscope.objective.batches import fingerprint
 from hesscope.objective.objective import require_output_loss
@@ -235,9 +235,8 @@ def prepare_bound(config: StudyConfig, base: Path) -> BoundStudy:
     if config.checkpoint is None:
         raise InputError("bound needs a checkpoint, the trained parameters: a bound is of a network that was trained")
     objective = load_objective(config, base)
-    _ = network_risk(
-        objective, settings.loss_bound
-    )  # refuses a loss that is not bounded, and data without one label a sample
+    # Refuses a loss that is not bounded, and data without one label for each sample.
+    _, n = risks_of_network(objective, require_risk(objective, settings.loss_bound))
     prior = _initial_tensors(config, base, objective)
     case = Case(TRUE, objective, prior, _held_out(config, base, objective))
     _require_enough(case, settings, _classes(objective))
@@ -248,7 +247,7 @@ def prepare_bound(config: StudyConfig, base: Path) -> BoundStudy:
     whole = Partition.by_tensor(objective.model)
     known = settings_fingerprint(objective, whole, (*content, config.model), Point.of(objective))
     network = f"{type(objective.model).__name__}, {objective.parameters.size:,} parameters"
-    data = f"{objective.num_terms:,} samples of {config.data}"
+    data = f"{n:,} samples of {config.data}"
     lines = (
         ("model", network),
         ("data", f"{data}, loss {objective.loss.name}"),
@@ -288,7 +287,8 @@ def _require_enough(case: Case, settings: BoundSettings, classes: int | None) ->
     groups, _ = groups_of(case.objective)
     guessing = 0.5 if settings.loss_bound is not None or classes is None else 1 - 1 / classes
     delta = (1 - MONTE_CARLO_SHARE) * settings.delta
-    require_enough_samples(int(case.objective.num_terms), delta, len(groups), DEFAULT_GRID, guessing)
+    _, n = risks_of_network(case.objective, Risk(settings.loss_bound))
+    require_enough_samples(n, delta, len(groups), DEFAULT_GRID, guessing)
 
 
 def _initial_tensors(config: StudyConfig, base: Path, objective: Objective) -> Mapping[str, Tensor]:
@@ -332,9 +332,8 @@ def _held_out(config: StudyConfig, base: Path, objective: Objective) -> HeldOut 
 
 def _classes(objective: Objective) -> int | None:
     """Number of outputs of the network, for losses with one class label each."""
-    with objective.evaluating() as (theta, batches), torch.no_grad():
-        outputs, targets = objective.outputs_and_targets(theta, next(iter(batches))[1], 0)
-    return None if targets.is_floating_point() else int(outputs.shape[1])
+    outputs = first_outputs(objective)
+    return None if outputs.ndim < 2 else int(outputs.shape[1])
 
 
 def _flat(objective: Objective, model: nn.Module) -> Tensor:
