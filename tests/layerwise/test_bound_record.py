@@ -51,12 +51,25 @@ def test_round_trip_through_a_file(posterior, layer_norm, tmp_path):
     assert again.certificate == found.certificate
     assert (again.bound, again.empirical_risk, again.kl) == (found.bound, found.empirical_risk, found.kl)
     assert again.certificate.bound_stderr == found.certificate.bound_stderr
-    names = ("posterior", "risk", "network_risk", "steps", "planned_steps", "seconds", "provenance", "finished")
+    names = (
+        "posterior",
+        "risk",
+        "network_risk",
+        "prior_risk",
+        "steps",
+        "planned_steps",
+        "seconds",
+        "provenance",
+        "finished",
+    )
     for name in names:
         assert getattr(again, name) == getattr(found, name), name
     assert again.fallback == found.fallback
     assert bool(found.fallback) == layer_norm
-    assert again.table() == found.table() == found.certificate.table()
+    assert again.table() == found.table()
+    assert found.table()[:-2] == found.certificate.table()
+    assert [row.name for row in found.table()[-2:]] == ["risk, trained network", "risk, prior's mean"]
+    assert str(found).startswith(f"{found.bound:.4f} ± ") and posterior in str(found)
     assert again.distribution is None
     for one, other in zip(again.spreads, found.spreads, strict=True):
         assert (one.group, one.basis, one.axes) == (other.group, other.basis, other.axes)
@@ -70,7 +83,7 @@ def test_without_classes(tmp_path):
     again = through_a_file(found, tmp_path)
     assert again.certificate.classes is None
     assert again.certificate == found.certificate
-    assert again.risk == "loss, cut off at and divided by 2"
+    assert again.risk == "mean of min(loss, 2) / 2"
 
 
 def test_one_step_of_many(tmp_path):

@@ -370,7 +370,7 @@ def test_a_loss_that_is_cut_off(posterior):
     model, before = descended(network(), x, y, 100, 0.1, nn.functional.mse_loss)
     objective = hs.Objective(model, "mse", (x, y))
     found = bounded(objective, before, posterior, loss_bound=4.0, draws=60_000)
-    assert found.risk == "loss, cut off at and divided by 4"
+    assert found.risk == "mean of min(loss, 4) / 4"
     assert found.certificate.classes is None
     with torch.no_grad():
         losses = ((model(x) - y) ** 2).mean(1).clamp(max=4.0) / 4
@@ -430,9 +430,9 @@ def given():
         ({"seconds": "1"}, "seconds must be a positive number, got '1'"),
         ({"seconds": True}, "seconds must be a positive number, got True"),
         ({"grid": [0.1, 1.0]}, "grid must be a hesscope.bounds.VarianceGrid, got list"),
-        ({"loss_bound": -1.0}, "loss_bound must be positive and finite, got -1.0"),
-        ({"loss_bound": 0}, "loss_bound must be positive and finite, got 0"),
-        ({"loss_bound": math.inf}, "loss_bound must be positive and finite, got inf"),
+        ({"loss_bound": -1.0}, "loss_bound must be a positive, finite number, got -1.0"),
+        ({"loss_bound": 0}, "loss_bound must be a positive, finite number, got 0"),
+        ({"loss_bound": math.inf}, "loss_bound must be a positive, finite number, got inf"),
     ],
 )  # fmt: skip
 def test_arguments_that_do_not_fit(given, options, message):

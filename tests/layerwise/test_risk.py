@@ -76,7 +76,7 @@ def test_losses_are_cut_off_at_their_bound():
     assert Risk(B).of(objective, model(X).detach(), y).tolist() == pytest.approx((losses.clamp(max=B) / B).tolist())
     assert network_risk(objective, B) == pytest.approx(float((losses.clamp(max=B) / B).mean()), rel=1e-14)
     assert network_risk(objective, 1e6) == pytest.approx(float(losses.mean()) / 1e6, rel=1e-14)
-    assert Risk(B).words == f"loss, cut off at and divided by {B:g}"
+    assert Risk(B).words == f"mean of min(loss, {B:g}) / {B:g}"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import nn
 
 import hesscope as hs
 from hesscope.bounds import kl_inverse
+from hesscope.core.errors import InputError
 from hesscope.core.rng import stream
 from hesscope.layerwise import laplace, pac_bayes, variational
 from hesscope.layerwise.axes import groups_of
@@ -238,18 +239,20 @@ def test_a_state_of_other_settings_is_not_taken_up(change, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no state", b"half", {"settings": "other"}, [1, 2]])
-def test_a_broken_state_is_ignored(content, tmp_path):
+def test_a_file_that_is_no_state_is_not_overwritten(content, tmp_path):
     objective, before = task()
     state = tmp_path / "state.pt"
-    undisturbed = bounded(objective, before, "kronecker_optimized", state=state)
     if content == b"half":
+        bounded(objective, before, "kronecker_optimized", state=state)
         content = state.read_bytes()[: state.stat().st_size // 2]
     if isinstance(content, bytes):
         state.write_bytes(content)
     else:
         torch.save(content, state)
-    assert numbers(bounded(objective, before, "kronecker_optimized", state=state)) == numbers(undisturbed)
-    assert torch.load(state, weights_only=True)["step"] == 20
+    kept = state.read_bytes()
+    with pytest.raises(InputError, match=r"state = .*state\.pt is not the state of an optimization: delete it or name"):
+        bounded(objective, before, "kronecker_optimized", state=state)
+    assert state.read_bytes() == kept
 
 
 # --- what the steps follow --------------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ def result(posterior="kronecker", labels="true", groups=("fc1", "fc2"), **given)
         posterior=posterior,
         risk="classification error",
         network_risk=0.006,
+        prior_risk=0.52,
         spreads=tuple(spread(group, posterior, prior) for group, prior in certified.prior_variances.items()),
         **({"steps": planned, "planned_steps": planned, "seconds": 205.0, "fallback": {}} | fields),
         provenance=ORIGIN,
@@ -287,7 +288,7 @@ def test_table_of_bounds():
     ]
     rows = [tuple(plain(cell) for cell in row) for row in bound_table(results)]
     assert rows[0] == (
-        *("labels", "posterior", "bound", "±", "risk on the samples", "risk held out", "KL (nats)", "KL / n"),
+        *("labels", "posterior", "bound", "± points", "risk on the samples", "risk held out", "KL (nats)", "KL / n"),
         *("optimization", "time"),
     )
     kl = PacBayesBound.from_xarray(results[0]).kl
@@ -552,3 +553,11 @@ def test_pages_are_the_same_from_files(drawn, tmp_path):
             write_bound_page(tmp_path / str(k), [each], "x").read_text() for k, each in enumerate((stored, original))
         ]
     assert pages[0] == pages[1]
+
+
+def test_a_prior_that_may_have_seen_the_samples_is_told():
+    trained = result()
+    trained.attrs["prior_risk"] = 0.1
+    _, told = said_of([trained])
+    assert told[0].startswith("The network at the prior’s mean errs on only 10.0 % of samples (true labels).")
+    assert said_of([result()])[1] == []

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from hesscope.bounds import Certificate
+from hesscope.bounds import Certificate, Row
 from hesscope.core.records import Provenance, require_xarray_kind
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class PacBayesBound:
         posterior: its kind, such as "kronecker".
         risk: what is bounded, in words, such as "classification error".
         network_risk: that of the trained network itself on the samples: no bound, for comparison.
+        prior_risk: that of the network at the prior's mean on the samples. Where it is far below guessing, look whether
+            the prior has seen them: that cannot be told from here, and no bound would hold.
         fallback: groups that are diagonal in the parameters though another basis was asked for: name -> why.
         spreads: of every group.
         steps: of optimization done; planned_steps: those that were asked for. Both 0 for closed forms.
@@ -62,6 +64,7 @@ class PacBayesBound:
     posterior: str
     risk: str
     network_risk: float
+    prior_risk: float
     fallback: Mapping[str, str]
     spreads: tuple[Spread, ...] = field(repr=False)
     steps: int
@@ -90,9 +93,24 @@ class PacBayesBound:
         """Whether the optimization came to its end; the bound holds either way."""
         return self.steps >= self.planned_steps
 
-    def table(self) -> list[Any]:
+    def table(self) -> list[Row]:
         """Every ingredient in the order in which the bound follows from them: (name, value, meaning) rows."""
-        return self.certificate.table()
+        return [
+            *self.certificate.table(),
+            Row("risk, trained network", f"{self.network_risk:.12g}", "on the samples, for comparison"),
+            Row(
+                "risk, prior's mean", f"{self.prior_risk:.12g}", "on the samples; far below guessing: has it seen them?"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        found = self.certificate
+        stopped = "" if self.finished else f", step {self.steps} of {self.planned_steps}"
+        return (
+            f"{self.bound:.4f} ± {found.bound_stderr:.2g} ({self.posterior}{stopped}) bounds the {self.risk} with "
+            f"probability {1 - found.delta:g}; {self.empirical_risk:.4f} on the samples, KL {self.kl:.4g} nats, "
+            f"n = {found.n:,}"
+        )
 
     def to_xarray(self) -> xr.Dataset:
         """The certificate, the spreads and the rest, without the distribution; `from_xarray` is the inverse."""
@@ -108,7 +126,10 @@ class PacBayesBound:
         dataset.attrs = {
             "record": "PacBayesBound",
             **certified,
-            **{name: getattr(self, name) for name in ("posterior", "risk", "network_risk", "steps", "planned_steps")},
+            **{
+                name: getattr(self, name)
+                for name in ("posterior", "risk", "network_risk", "prior_risk", "steps", "planned_steps")
+            },
             "seconds": self.seconds,
             "fallback": json.dumps(dict(self.fallback)),
             "spreads": json.dumps(kept),
@@ -136,6 +157,7 @@ class PacBayesBound:
             posterior=str(attributes["posterior"]),
             risk=str(attributes["risk"]),
             network_risk=float(attributes["network_risk"]),
+            prior_risk=float(attributes["prior_risk"]),
             fallback=json.loads(attributes["fallback"]),
             spreads=tuple(
                 Spread(

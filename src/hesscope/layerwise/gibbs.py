@@ -74,6 +74,9 @@ def stochastic_risk(
 ) -> Estimate:
     """Mean risk, on the objective's data, of networks drawn from a posterior; the data may be held out.
 
+    The standard error is that of the draws. Of m held-out samples the data has an error of its own, sqrt(r (1 - r) / m)
+    at most.
+
     Args:
         objective: of the same network with any data.
         distribution: of a PacBayesBound.
@@ -88,7 +91,8 @@ def stochastic_risk(
     risk = require_risk(objective, loss_bound)
     if not isinstance(distribution, Posterior):
         raise InputError(
-            f"distribution must be that of a PacBayesBound (bound.distribution), got {type(distribution).__name__}"
+            "distribution must be that of a PacBayesBound (bound.distribution; files do not hold it), got "
+            f"{type(distribution).__name__}"
         )
     own, other = objective.parameters, distribution.space
     if (own.names, own.shapes, own.dtype) != (other.names, other.shapes, other.dtype):

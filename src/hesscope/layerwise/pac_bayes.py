@@ -108,8 +108,9 @@ def pac_bayes_bound(
         steps: of optimization; seconds: after which it ends, however far it is.
         seed: of all draws and of the order of samples.
         progress: called with (done, planned, bound): the present bound, valid, or None before the first.
-        on_round: called with a bound after each tenth of an optimization; each holds by itself.
-        state: file in which an optimization is kept, and from which a call with equal arguments goes on.
+        on_round: called with a PacBayesBound after each tenth of an optimization; each holds by itself.
+        state: file in which an optimization is kept, and from which a call with equal arguments goes on; one of other
+            arguments begins anew in it.
 
     Raises:
         InputError: a prior that depends on the data or does not fit, a delta outside (0, 1), too few samples for the
@@ -184,6 +185,7 @@ class _Asked:
     objective: Objective
     risk: Risk
     network_risk: float
+    prior_risk: float
     n: int
     classes: int | None
     means: tuple[Tensor, Tensor]
@@ -255,6 +257,7 @@ def _asked(
         objective,
         risk,
         network_risk,
+        risks_of_network(objective, risk, start)[0],
         n,
         classes,
         (start, trained),
@@ -354,6 +357,7 @@ def _record(
         posterior=asked.posterior,
         risk=asked.risk.words,
         network_risk=asked.network_risk,
+        prior_risk=asked.prior_risk,
         fallback=asked.fallback,
         spreads=tuple(_spread(each, curvature[each.group.name]) for each in now.posterior.groups),
         steps=now.steps,

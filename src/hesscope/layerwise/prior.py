@@ -103,5 +103,5 @@ def _require_fixed(objective: Objective, prior: Mapping[str, Tensor]) -> None:
             raise InputError(
                 f"{name!r} has changed since the prior, but is not among the trained parameters: what was fitted to "
                 "the data in another way (running statistics of a batch norm, layers frozen after training) makes the "
-                "prior depend on them"
+                "prior depend on them, and a copy in it would, too; take statistics of other data or a norm without"
             )

@@ -41,7 +41,7 @@ class Risk:
         return (
             "classification error"
             if self.loss_bound is None
-            else f"loss, cut off at and divided by {self.loss_bound:g}"
+            else f"mean of min(loss, {self.loss_bound:g}) / {self.loss_bound:g}"
         )
 
     def of(self, objective: Objective, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hesscope.bounds import VarianceGrid, kl_inverse
+from hesscope.core.errors import InputError
 from hesscope.core.files import atomic_path
 from hesscope.core.rng import permutation, stream
 from hesscope.layerwise.gaussians import Axes, GroupPosterior, Posterior, generator_of
@@ -183,15 +184,22 @@ class _Run:
             torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
-        """Go on from a file, unless it is of other settings or cannot be read."""
+        """Go on from a file, unless it is of other settings.
+
+        Raises:
+            InputError: it is no such file.
+        """
         try:
             state = torch.load(path, map_location=self.prior.device, weights_only=True)
-            if state["settings"] != self.asked.settings:
-                return
+            others = state["settings"] != self.asked.settings
             axes = [Axes(left, right) for left, right in state["axes"]]
             shifts, logs, adam = state["shifts"], state["logs"], state["adam"]
             step, risk = int(state["step"]), float(state["risk"])
-        except Exception:  # half a file, or none of ours: begin anew
+        except Exception as error:  # it would be overwritten
+            raise InputError(
+                f"state = {path} is not the state of an optimization: delete it or name another file"
+            ) from error
+        if others:
             return
         self._set(axes, shifts, logs)
         self.adam.load_state_dict(adam)

@@ -48,13 +48,15 @@ CLEAR = 2
 FAILED = 3
 # Decimals of a percentage, at least and at most.
 DECIMALS = (1, 4)
+# A prior whose network errs less often than this share of guessing may have been trained.
+SEEN = 0.5
 PERCENT = "\N{NO-BREAK SPACE}%"
 UNKNOWN = "—"
 COLUMNS = (
     "labels",
     "posterior",
     "bound",
-    "±",
+    "± points",
     "risk on the samples",
     "risk held out",
     "KL (nats)",
@@ -342,8 +344,16 @@ def control_said(shown: Sequence[Shown]) -> str:
 
 
 def warnings(shown: Sequence[Shown]) -> list[str]:
-    """Bounds that the truth, or what is held out, is above."""
+    """Priors that may have seen the samples, and bounds that the truth, or what is held out, is above."""
     said = []
+    for labels in dict.fromkeys(each.labels for each in shown):
+        best = of_labels(shown, labels)[0].record
+        guessing = best.certificate.guessing_rate
+        if guessing is not None and best.prior_risk < SEEN * guessing:
+            said.append(
+                f"The network at the prior’s mean errs on only {rate(best.prior_risk)} of samples ({labels} labels). "
+                "An initialization guesses: if it was trained on these samples, no bound here holds."
+            )
     for each in shown:
         risk = rate_with_error(each.held_out_risk, each.held_out_stderr)
         bound = guaranteed(each.bound, each.record.certificate.bound_stderr)

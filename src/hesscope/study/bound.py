@@ -208,7 +208,14 @@ def choose_bound(
         ("training", f"{' and '.join(f'{options.epochs_on(kind):,}' for kind in kinds)} epochs of SGD"),
     )
     return BoundStudy(
-        preset.description, network_in_words(network), sample.words, plan, tuple(cases), settings, store, identity
+        f"{network_in_words(network)}, on {sample.words}",
+        network_in_words(network),
+        sample.words,
+        plan,
+        tuple(cases),
+        settings,
+        store,
+        identity,
     )
 
 
@@ -312,7 +319,8 @@ def _initial_tensors(config: StudyConfig, base: Path, objective: Objective) -> M
     try:
         prior_vector(objective, initial)
     except InputError as error:
-        raise InputError(f"checkpoint = {config.checkpoint!r}: {error}") from error
+        where = f"bound.prior = {section.prior!r}" if section.prior else f"checkpoint = {config.checkpoint!r}"
+        raise InputError(f"{where}: {error}") from error
     return initial.state_dict()
 
 
