@@ -181,6 +181,11 @@ def confidence(delta: float) -> str:
     return f"{floor(1e6 * max(0.0, 1 - delta) + 1e-6) / 1e4:g}{PERCENT}"
 
 
+def nats(divergence: float, least: float = 5e-3) -> str:
+    """A divergence, 0 where it is below `least`: what is left of it is rounding."""
+    return number(divergence) if divergence >= least else "0"
+
+
 def duration(seconds: float) -> str:
     """'0.4 s', '12 s', '3 min 20 s', '1 h 5 min'."""
     if round(seconds) < 60:
@@ -477,8 +482,8 @@ def table(shown: Sequence[Shown]) -> list[tuple[str, ...]]:
                 points(certificate.bound_stderr),
                 rate(certificate.empirical_risk, certificate.risk_stderr),
                 rate_with_error(each.held_out_risk, each.held_out_stderr),
-                number(certificate.kl),
-                number(certificate.kl / certificate.n),
+                nats(certificate.kl),
+                nats(certificate.kl / certificate.n, 1e-6),
                 optimization(each),
                 duration(record.seconds),
             )
@@ -496,9 +501,9 @@ def layer_table(shown: Sequence[Shown]) -> list[tuple[str, ...]]:
             kl = each.record.certificate.kl_by_group.get(group)
             whole = each.record.kl
             share = f" ({100 * kl.total / whole:.0f}{PERCENT})" if kl is not None and 0 < whole < float("inf") else ""
-            cells.append(UNKNOWN if kl is None else f"{number(kl.total)}{share}")
+            cells.append(UNKNOWN if kl is None else f"{nats(kl.total)}{share}")
         rows.append((layer_words(group), *cells))
-    return [*rows, ("all", *(number(each.record.kl) for each in shown))]
+    return [*rows, ("all", *(nats(each.record.kl) for each in shown))]
 
 
 def prior_table(shown: Sequence[Shown]) -> list[tuple[str, ...]]:
