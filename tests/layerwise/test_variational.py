@@ -394,3 +394,18 @@ def test_descent_of_the_trained_network():
     model, before = descended(network(), x, y)
     assert hs.layerwise.network_risk(hs.Objective(model, "cross_entropy", (x, y))) < 0.1
     assert hs.layerwise.network_risk(hs.Objective(before, "cross_entropy", (x, y))) > 0.2
+
+
+def test_what_is_no_longer_finite_ends_at_the_last_round(monkeypatch):
+    objective, before = task()
+    loss, rounds = variational._Run._loss, []
+
+    def lost(run, *arguments):
+        found = loss(run, *arguments)
+        return found * float("nan") if run.step == 11 else found
+
+    monkeypatch.setattr(variational._Run, "_loss", lost)
+    found = bounded(objective, before, "kronecker_optimized", steps=20, on_round=rounds.append)
+    assert (found.steps, found.finished) == (10, False)
+    assert rounds[-1].steps == 10
+    assert found.certificate.kl_by_group == rounds[-1].certificate.kl_by_group
