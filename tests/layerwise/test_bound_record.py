@@ -135,3 +135,11 @@ def test_it_is_frozen():
             setattr(found, name, None)
     assert isinstance(found.spreads[0], Spread)
     assert torch.is_tensor(found.distribution.mean())
+
+
+def test_the_risks_set_beside_the_bound():
+    found = made("diagonal")
+    trained, prior = (float(row.value) for row in found.table()[-2:])
+    assert trained == pytest.approx(found.network_risk, rel=1e-11)
+    assert prior == pytest.approx(found.prior_risk, rel=1e-11)
+    assert found.prior_risk != found.network_risk

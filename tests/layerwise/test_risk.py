@@ -222,3 +222,16 @@ def test_classification_error_is_the_risk_unless_told():
     assert require_risk(classifier(), None) == Risk()
     assert Risk().words == "classification error"
     assert network_risk(posteriors.objective(randomized(networks.Twice()), randn(N, 4, seed=1), LABELS)) <= 1
+
+
+def test_a_loss_that_is_not_finite_is_the_worst():
+    """Poisson's of a negative rate is nan, though the output is finite."""
+    outputs, targets = torch.tensor([[-1.0], [1.0]], dtype=F64), torch.ones(2, 1, dtype=F64)
+    model = nn.Linear(1, 1).double()
+    with torch.no_grad():
+        model.weight.fill_(0.0), model.bias.fill_(1.0)
+    loss = nn.PoissonNLLLoss(log_input=False)
+    objective = hs.Objective(model, loss, (torch.ones(2, 1, dtype=F64), targets))
+    risks = Risk(2.0).of(objective, outputs, targets)
+    assert risks[0] == 1.0
+    assert 0 < float(risks[1]) < 1
