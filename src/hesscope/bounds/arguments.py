@@ -2,37 +2,10 @@
 
 from __future__ import annotations
 
-from math import inf
 from numbers import Real
 
-import numpy as np
-import numpy.typing as npt
-
 from hesscope.core.errors import InputError
-
-Array = npt.NDArray[np.float64]
-
-
-def reals(argument: str, values: object) -> Array:
-    """A float64 copy of any shape without nan."""
-    try:
-        array = np.array(values)
-        if np.iscomplexobj(array):
-            raise TypeError
-        array = array.astype(np.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"{argument} must be real numbers, got {type(values).__name__}") from None
-    if np.isnan(array).any():
-        raise InputError(f"{argument} must not contain nan")
-    return array
-
-
-def finite(argument: str, values: object) -> Array:
-    """A float64 copy of any shape, all finite."""
-    array = reals(argument, values)
-    if not np.isfinite(array).all():
-        raise InputError(f"{argument} must be finite, got {array[~np.isfinite(array)][0]}")
-    return array
+from hesscope.core.real_numbers import Array, reals
 
 
 def probabilities(argument: str, values: object) -> Array:
@@ -60,9 +33,3 @@ def require_nats(argument: str, value: object) -> None:
     """Raise unless `value` is a number of at least 0; infinite is allowed."""
     if not (isinstance(value, Real) and float(value) >= 0):
         raise InputError(f"{argument} must be a number of at least 0, got {value!r}")
-
-
-def require_positive(argument: str, value: object) -> None:
-    """Raise unless `value` is a positive, finite number."""
-    if not (isinstance(value, Real) and 0 < float(value) < inf):
-        raise InputError(f"{argument} must be a positive, finite number, got {value!r}")

@@ -10,10 +10,11 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from hesscope.bounds.arguments import probabilities, reals
+from hesscope.bounds.arguments import probabilities
 from hesscope.bounds.log_gap import gap_of_mass, log_gap
 from hesscope.core.checks import require_choice
 from hesscope.core.errors import InputError
+from hesscope.core.real_numbers import reals
 
 Array = npt.NDArray[np.float64]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from hesscope.bounds.arguments import require_delta, require_nats, require_positive, require_risk
+from hesscope.bounds.arguments import require_delta, require_nats, require_risk
 from hesscope.bounds.bernoulli import kl_inverse
 from hesscope.bounds.forms import catoni_bound, confidence_cost, least_samples, maurer_bound, mcallester_bound
 from hesscope.bounds.gaussians import GaussianKL
@@ -17,6 +17,7 @@ from hesscope.bounds.grid import VarianceGrid
 from hesscope.bounds.monte_carlo import monte_carlo_upper
 from hesscope.core.checks import require_positive_int
 from hesscope.core.errors import InputError
+from hesscope.core.real_numbers import require_positive
 from hesscope.core.records import Provenance, require_xarray_kind
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import expm1, log, sqrt
 
-from hesscope.bounds.arguments import require_delta, require_nats, require_positive, require_risk
+from hesscope.bounds.arguments import require_delta, require_nats, require_risk
 from hesscope.bounds.bernoulli import kl_inverse
 from hesscope.core.checks import require_positive_int
 from hesscope.core.errors import InputError
+from hesscope.core.real_numbers import require_positive
 
 # Catoni's scales: 31 from 2^-10 to 2^5 in steps of sqrt(2). The best scale is about the gap over the risk's variance.
 # Halfway between two of them the gap is 1.5 % larger than at the best. The best scale is below the first where the gap

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hesscope.bounds.arguments import finite, require_positive
 from hesscope.bounds.log_gap import log_gap
 from hesscope.core.errors import InputError
+from hesscope.core.real_numbers import finite, require_positive
 
 Array = npt.NDArray[np.float64]
 

@@ -8,9 +8,9 @@ from math import log
 
 import numpy as np
 
-from hesscope.bounds.arguments import finite, require_positive
 from hesscope.core.checks import require_positive_int
 from hesscope.core.errors import InputError
+from hesscope.core.real_numbers import finite, require_positive
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesscope.bounds.arguments import require_positive
 from hesscope.core.errors import DataError, InputError
+from hesscope.core.real_numbers import require_positive
 from hesscope.layerwise.taps import PIECE_BYTES
 from hesscope.objective import Objective
 from hesscope.objective.losses import ELEMENTWISE

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from hesscope._version import __version__
 from hesscope.bounds import DEFAULT_GRID, require_enough_samples
-from hesscope.bounds.arguments import require_delta, require_positive
+from hesscope.bounds.arguments import require_delta
 from hesscope.core.checks import nearest, require_positive_int
 from hesscope.core.errors import InputError
 from hesscope.core.files import TEMPORARY_SUFFIX
+from hesscope.core.real_numbers import require_positive
 from hesscope.data import LabelledData
 from hesscope.layerwise.axes import groups_of
 from hesscope.layerwise.bound_record import PacBayesBound

@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from hesscope.core.checks import require_positive_int
 from hesscope.core.errors import HesscopeError, InputError
-from hesscope.theory.arguments import require_gamma, vector
+from hesscope.core.real_numbers import require_positive
+from hesscope.theory.arguments import vector
 from hesscope.theory.pointwise import tiles
 
 Array = npt.NDArray[np.float64]
@@ -69,7 +70,7 @@ def population_spectrum(sample_eigenvalues: npt.ArrayLike, gamma: float, points:
     """
     from scipy.optimize import nnls
 
-    require_gamma(gamma)
+    require_positive("gamma", gamma)
     require_positive_int("points", points)
     sample = _sample(sample_eigenvalues, float(gamma))
     unit = float(sample[-1])

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from hesscope.core.checks import require_positive_int
 from hesscope.core.errors import InputError
-from hesscope.theory.arguments import reals, require_gamma, vector
+from hesscope.core.real_numbers import reals, require_positive
+from hesscope.theory.arguments import vector
 from hesscope.theory.atoms import Atoms, distinct_atoms
 from hesscope.theory.compression import few_atoms
 from hesscope.theory.spectral_distribution import SpectralDistribution
@@ -57,7 +58,7 @@ class SpectralLaw:
     _unit: float = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        require_gamma(self.gamma)
+        require_positive("gamma", self.gamma)
         weights = vector("weights", self.weights)
         probabilities = None if self.probabilities is None else vector("probabilities", self.probabilities)
         atoms = distinct_atoms(weights, probabilities, "weights", "probabilities")
@@ -181,7 +182,7 @@ def moments_from_weight_moments(
 
     Source: Paul, Silverstein 2009; MATH.md, section 4.1.
     """
-    require_gamma(gamma)
+    require_positive("gamma", gamma)
     weight = vector("weight_moments", weight_moments)
     K = len(weight)
     spectrum = np.ones(K) if covariance_moments is None else vector("covariance_moments", covariance_moments)
